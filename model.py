@@ -1,0 +1,580 @@
+"""The model: a picture and a command in, an answer and its reason out, from scratch in one file.
+
+- Vision encoder: a convolutional stem (or one convolution with kernel = stride = patch), 2D positions, pre-norm
+  transformer blocks as in SigLIP.
+- Decoder: RMSNorm, causal self-attention with rotary positions, cross-attention to the patches, gated FFN, logits tied
+  to the embedding. Without cross-attention it computes what Gemma computes (a test compares the two).
+- One Attention class serves all three attentions: grouped queries, a by-hand path that returns its weights, a fast path.
+- A picture is encoded once for all its commands; so are its keys and values in cross-attention.
+- Generation, greedy or by beams, with one KV-cache for the text (it grows) and one for the picture (it does not).
+
+    python model.py                    architecture, parameters, memory, speed
+    python model.py --preset=base --device=cuda
+
+References: Transformer arXiv:1706.03762, ViT 2010.11929, SigLIP 2303.15343, Gemma 2403.08295, PaliGemma 2407.07726,
+RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, GLU variants 2002.05202, early convolutions 2106.14881.
+
+Shapes: B images, K commands for each, N = B*K rows of text, T text tokens, S keys, P patches, D width, V words;
+H query heads of d dimensions, G key/value heads, R = H/G query heads that share one of them.
+"""
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import config
+
+PAD = 0          # id of [PAD]
+IGNORE = -100    # target that takes no part in the loss
+
+
+# ---- norm, positions, masks ----
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight) over the last dimension, as Gemma writes it: a weight of 0 changes nothing."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight, self.eps)
+
+
+def rope_tables(positions, head_dim, theta):
+    """cos and sin of the rotary angles position * theta^(-2i/d): two (positions, d) tables (RoFormer, eq. 15).
+
+    Dimension i is rotated with i + d/2 (split halves, as HF), where the paper pairs 2i with 2i + 1. Either is sound:
+    weights learned from scratch know no order of dimensions, and q.k depends on the difference of positions only.
+    The minus sign of the rotation's first half is kept in the sin table.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = torch.arange(positions).float()[:, None] * frequency    # (positions, d/2)
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+
+
+def rotate(x, rope):
+    """Rotate x (N, T, heads, d) by the (cos, sin) of its tokens' positions, each (N, T, 1, d)."""
+    cos, sin = (table.to(x.dtype) for table in rope)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((second, first), -1) * sin
+
+
+def self_mask(real, queries):
+    """What text may look at, as numbers to add to the scores: 0 where it may, -inf where not.
+
+    real (N, S) is True for words and False for [PAD]; the queries are the last `queries` of the S tokens (all of them,
+    or the newest when the rest is in the cache). Returns (N, 1, queries, S), the 1 for all heads.
+
+        causal        [PAD] . a b              right [PAD]: a b c .
+        x - - - -     . x - - -  <- pad sees itself only    x - - -
+        x x - - -     a - x - -                             x x - -
+        x x x - -     b - x x -                             x x x -
+                                                          . x x x x
+
+    A [PAD] query always sees itself, for a row without any key would be 0/0 = NaN. Nobody reads what it computes.
+    Cross-attention has no mask: all patches are there before the first word, so every word sees all of them.
+    """
+    keys = real.shape[1]
+    key = torch.arange(keys, device=real.device)
+    query = key[keys - queries:, None]                                            # (T, 1)
+    seen = (key <= query) & real[:, None, :] | (key == query)                     # (N, T, S)
+    return torch.zeros(seen.shape, device=real.device).masked_fill(~seen, float("-inf"))[:, None]
+
+
+# ---- attention and FFN ----
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v with grouped queries: H query heads share G key/value heads (GQA, arXiv:2305.13245).
+
+        MHA  G = H   Q1 Q2 Q3 Q4     GQA  G = 2   Q1 Q2 Q3 Q4     MQA  G = 1   Q1 Q2 Q3 Q4
+                     K1 K2 K3 K4                   \\_K1  \\_K2                    \\___K1___/
+
+    The textbook repeats keys, [K1, K2] -> [K1, K1, K1, K1, K2, K2, K2, K2] for 8 heads. Here the R heads that share K1
+    queue up behind it as R times as many queries instead: the same products, and no key is copied.
+
+    dim: width of the queries' side, kv_dim: of the keys' side if it differs. Head h stands at [h*d, (h+1)*d] of the
+    input of `out`: whoever studies or removes a head does it there, since `out` mixes them.
+    """
+
+    def __init__(self, dim, heads, kv_heads, head_dim, bias, kv_dim=None, dropout=0.0, path="auto"):
+        super().__init__()
+        self.kv_heads, self.head_dim, self.dropout, self.path = kv_heads, head_dim, dropout, path
+        self.shared = heads // kv_heads
+        self.q = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.kv = nn.Linear(kv_dim or dim, 2 * kv_heads * head_dim, bias=bias)
+        self.out = nn.Linear(heads * head_dim, dim, bias=bias)
+
+    def keys_values(self, source, rope=None):
+        """Keys and values of source (N, S, kv_dim), each (N, G, S, d). Apart from forward, so that they can be kept."""
+        k, v = self.kv(source).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)     # (N, S, G, d)
+        if rope is not None:
+            k = rotate(k, rope)
+        return k.transpose(1, 2), v.transpose(1, 2)                                           # (N, G, S, d)
+
+    def forward(self, x, k, v, mask=None, rope=None, collect=None):
+        """x (N, T, D) asks, k and v (N, G, S, d) answer: (N, T, D). mask (N, 1, T, S) is added to the scores.
+
+        collect: a list that receives the weights (N, H, T, S); it asks for the by-hand path.
+        """
+        N, T, _ = x.shape
+        G, R, S, d = self.kv_heads, self.shared, k.shape[2], self.head_dim
+        q = self.q(x).unflatten(-1, (G * R, d))                                               # (N, T, H, d)
+        if rope is not None:
+            q = rotate(q, rope)
+        q = q.reshape(N, T, G, R * d).transpose(1, 2).reshape(N, G, T * R, d)                 # (N, G, T*R, d)
+        dropout = self.dropout if self.training else 0.0
+        # By hand is the fast path of a CPU: in bfloat16 the backward of sdpa took 44% of a training step there.
+        if collect is not None or self.path == "hand" or (self.path == "auto" and x.device.type == "cpu"):
+            scores = (q * d ** -0.5) @ k.transpose(-2, -1)                                    # (N, G, T*R, S)
+            if mask is not None:
+                scores = (scores.view(N, G, T, R, S) + mask[:, :, :, None].to(scores.dtype)).view(N, G, T * R, S)
+            weights = scores.softmax(-1)
+            if collect is not None:
+                collect.append(weights.view(N, G, T, R, S).transpose(2, 3).reshape(N, G * R, T, S))
+            y = F.dropout(weights, dropout) @ v                                               # (N, G, T*R, d)
+        else:
+            if mask is not None:
+                mask = mask.to(q.dtype).repeat_interleave(R, dim=2)                           # (N, 1, T*R, S)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)                        # (N, G, T*R, d)
+        return self.out(y.view(N, G, T, R * d).transpose(1, 2).reshape(N, T, G * R * d))      # (N, T, D)
+
+
+class GatedFFN(nn.Module):
+    """down(act(gate(x)) * up(x)): GeGLU with the tanh GELU as in Gemma, or SwiGLU (arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, dim, hidden, kind, dropout=0.0):
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+        self.kind, self.dropout = kind, dropout
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1)
+        gate = F.gelu(gate, approximate="tanh") if self.kind == "geglu" else F.silu(gate)
+        return F.dropout(self.down(gate * up), self.dropout, self.training)
+
+
+# ---- vision ----
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block, as SigLIP: LayerNorm, attention, LayerNorm, MLP with the tanh GELU, all with biases."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, heads = cfg.vision_dim, cfg.vision_heads
+        self.norm1 = nn.LayerNorm(D, eps=1e-6)
+        self.attn = Attention(D, heads, heads, D // heads, bias=True, dropout=cfg.dropout, path=cfg.attention)
+        self.norm2 = nn.LayerNorm(D, eps=1e-6)
+        self.up = nn.Linear(D, cfg.vision_ffn_dim)
+        self.down = nn.Linear(cfg.vision_ffn_dim, D)
+        self.dropout = cfg.dropout
+
+    def forward(self, x, collect=None):
+        h = self.norm1(x)
+        x = x + self.attn(h, *self.attn.keys_values(h), collect=collect)
+        h = self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return x + F.dropout(h, self.dropout, self.training)
+
+
+def conv_stem(cfg):
+    """Stride-2 3x3 convolutions, the width doubled at each, down to one pixel a patch; then 1x1 to the encoder's width.
+
+    Learns faster from scratch than one large convolution (Xiao et al. 2021, arXiv:2106.14881).
+    """
+    layers, width, into = [], cfg.stem_width, 3
+    for _ in range(int(math.log2(cfg.patch_size))):
+        layers += [nn.Conv2d(into, width, 3, stride=2, padding=1), nn.GELU(approximate="tanh")]
+        width, into = 2 * width, width
+    return nn.Sequential(*layers, nn.Conv2d(into, cfg.vision_dim, 1))
+
+
+def sincos_2d(side, dim):
+    """Fixed positions of a square grid (side*side, dim): sin and cos of the column, then of the row (MoCo v3, MAE)."""
+    frequency = 10000 ** (-torch.arange(dim // 4).float() / (dim // 4))
+    angle = torch.arange(side).float()[:, None] * frequency                       # (side, dim/4)
+    wave = torch.cat((angle.sin(), angle.cos()), -1)                              # (side, dim/2)
+    return torch.cat((wave.repeat(side, 1), wave.repeat_interleave(side, 0)), -1)
+
+
+class VisionEncoder(nn.Module):
+    """Pictures (B, 3, S, S) to patches (B, P, D), row by row from the upper left."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, side = cfg.vision_dim, cfg.image_size // cfg.patch_size
+        self.image_size = cfg.image_size
+        self.stem = conv_stem(cfg) if cfg.stem == "conv" else nn.Conv2d(3, D, cfg.patch_size, stride=cfg.patch_size)
+        if cfg.vision_positions == "learned":
+            self.positions = nn.Parameter(torch.zeros(side * side, D))
+        else:
+            self.register_buffer("positions", sincos_2d(side, D), persistent=False)
+        self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.vision_layers))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+
+    def forward(self, images, features=None, collect=None):
+        """features: a dict that receives what each stage puts out; collect: a list for the attention weights."""
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"pictures must be (B, 3, {self.image_size}, {self.image_size}), got {tuple(images.shape)}")
+        seen = {}
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))       # (B, D, side, side)
+        x = seen["stem"] = x.flatten(2).transpose(1, 2)                           # (B, P, D)
+        x = x + self.positions
+        for i, block in enumerate(self.blocks):
+            x = seen[f"block{i}"] = block(x, collect)
+        x = seen["encoder"] = self.norm(x)
+        if features is not None:
+            features.update(seen)
+        return x
+
+
+# ---- decoder ----
+class LayerCache:
+    """Keys and values of one decoder layer: the text's, which grow in place, and the picture's, computed once."""
+
+    def __init__(self, room):
+        self.room, self.length, self.text, self.cross = room, 0, None, None
+
+    def append(self, k, v):
+        """Add k and v (N, G, new, d) and return all so far, (N, G, S, d)."""
+        if self.text is None:
+            self.text = [t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in (k, v)]
+        start, self.length = self.length, self.length + k.shape[2]
+        for kept, new in zip(self.text, (k, v)):
+            kept[:, :, start:self.length] = new
+        return [kept[:, :, :self.length] for kept in self.text]
+
+
+class Cache:
+    """The KV-cache of generation: one LayerCache a layer, and which tokens so far are real (N, S)."""
+
+    def __init__(self, layers, room):
+        self.layers = [LayerCache(room) for _ in range(layers)]
+        self.real = None
+
+    def reorder(self, rows):
+        """Row i continues what row rows[i] was. The picture's part stays: rows never change their picture."""
+        self.real = self.real[rows]
+        for layer in self.layers:
+            layer.text = [t[rows] for t in layer.text]
+
+
+class DecoderBlock(nn.Module):
+    """Three residual steps: look back at the text, look at the picture, think. RMSNorm before each, as Gemma."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, sizes = cfg.text_dim, (cfg.text_heads, cfg.text_kv_heads, cfg.text_head_dim)
+        kind = dict(bias=False, dropout=cfg.dropout, path=cfg.attention)
+        self.norm1, self.attn = RMSNorm(D), Attention(D, *sizes, **kind)
+        self.norm2, self.cross = RMSNorm(D), Attention(D, *sizes, **kind)
+        self.norm3, self.ffn = RMSNorm(D), GatedFFN(D, cfg.text_ffn_dim, cfg.ffn, cfg.dropout)
+
+    def forward(self, x, vision, mask, rope, cache=None, attn=None):
+        h = self.norm1(x)                                                         # (N, T, D)
+        k, v = self.attn.keys_values(h, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        x = x + self.attn(h, k, v, mask, rope, attn and attn["self"])
+        if vision is not None:
+            kv = cache.cross if cache is not None else None
+            if kv is None:
+                kv = self.cross.keys_values(vision)                               # (B, G, P, d)
+            if cache is not None:
+                cache.cross = kv
+            # The K commands of a picture become one long query of K*T tokens, so its keys serve all of them.
+            h = self.norm2(x).reshape(len(vision), -1, x.shape[-1])               # (B, K*T, D)
+            x = x + self.cross(h, *kv, collect=attn and attn["cross"]).view_as(x)
+        return x + self.ffn(self.norm3(x))
+
+
+class Decoder(nn.Module):
+    """Tokens (N, T) to final hidden states (N, T, D), with or without pictures."""
+
+    def __init__(self, cfg, vocab_size):
+        super().__init__()
+        self.max_text = cfg.max_text
+        self.embedding = nn.Embedding(vocab_size, cfg.text_dim)
+        self.blocks = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.text_layers))
+        self.norm = RMSNorm(cfg.text_dim)
+        cos, sin = rope_tables(cfg.max_text, cfg.text_head_dim, cfg.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, tokens, vision=None, cache=None, attn=None):
+        """tokens (N, T), [PAD] at either side; vision (B, P, D) with N = B*K, or None for no cross-attention.
+
+        cache: a Cache that holds the tokens before these. attn: a dict of lists for the weights, "self" and "cross".
+        """
+        T, real = tokens.shape[1], tokens != PAD
+        if cache is not None:
+            real = cache.real = real if cache.real is None else torch.cat((cache.real, real), 1)
+        if real.shape[1] > self.max_text:
+            raise ValueError(f"a text of {real.shape[1]} tokens exceeds max_text={self.max_text}")
+        # Positions are counted from the first real token, so that padding moves nothing.
+        positions = (real.cumsum(1) - 1).clamp(min=0)[:, -T:]                     # (N, T)
+        rope = self.cos[positions][:, :, None], self.sin[positions][:, :, None]   # (N, T, 1, d) each
+        mask = self_mask(real, T)
+        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)      # (N, T, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x, vision, mask, rope, cache.layers[i] if cache is not None else None, attn)
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """(..., D) to float32 (..., V), by the embedding's own weights."""
+        return F.linear(hidden, self.embedding.weight).float()
+
+
+# ---- the whole ----
+class VLM(nn.Module):
+    """Vision encoder, projection, decoder. `vocab_size` words; the rest of the sizes come from cfg."""
+
+    def __init__(self, cfg, vocab_size):
+        super().__init__()
+        self.cfg = cfg
+        self.vision = VisionEncoder(cfg)
+        self.projection = nn.Sequential(nn.Linear(cfg.vision_dim, cfg.text_dim), RMSNorm(cfg.text_dim))
+        self.decoder = Decoder(cfg, vocab_size)
+        if cfg.contrast_weight > 0:
+            self.contrast = nn.ParameterDict({"log_scale": nn.Parameter(torch.tensor(math.log(10.0))),
+                                              "bias": nn.Parameter(torch.tensor(-10.0))})
+        self.init_weights()
+        self.to(memory_format=torch.channels_last)                                # for the convolutions of the stem
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Initial values, all normal with mean 0:
+
+            linear layers               std 1/sqrt(fan in), biases 0
+            out and down (residuals)    the same / sqrt(residual steps: 2 a vision block, 3 a decoder block)
+            convolutions                std sqrt(2 / fan in), Kaiming; the last of the stem 1/sqrt(fan in), biases 0
+            embedding                   std 1/sqrt(D): unit size once scaled by sqrt(D), and so are the first logits
+            learned positions           std 0.02
+            norms                       their identity
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                gain = 2 if isinstance(module, nn.Conv2d) and module.out_channels != self.cfg.vision_dim else 1
+                std = math.sqrt(gain / module.weight[0].numel())
+                if name.endswith((".out", ".down")):
+                    vision = name.startswith("vision")
+                    std /= math.sqrt(2 * self.cfg.vision_layers if vision else 3 * self.cfg.text_layers)
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.decoder.embedding.weight, std=self.cfg.text_dim ** -0.5)
+        if isinstance(self.vision.positions, nn.Parameter):
+            nn.init.normal_(self.vision.positions, std=0.02)
+
+    def encode(self, images, collect=None):
+        """Normalised pictures (B, 3, S, S) to projected patches (B, P, D)."""
+        return self.projection(self.vision(images, collect=collect))
+
+    def features(self, images):
+        """What each stage makes of the pictures: {"stem", "block0", ..., "encoder", "projected"}, each (B, P, D)."""
+        features = {}
+        features["projected"] = self.projection(self.vision(images, features))
+        return features
+
+    def forward(self, images, tokens, targets=None, return_attn=False, loss_fn=F.cross_entropy):
+        """images (B, 3, S, S), tokens (B, K, T) or (B, T): logits (B, K, T, V) or (B, T, V), or with targets the loss.
+
+        targets: as tokens, IGNORE where there is nothing to learn; loss_fn(logits (M, V), targets (M,)) sees the rest.
+        return_attn: also return {"vision": (layers, B, H, P, P), "self": (layers, B*K, H, T, T),
+        "cross": (layers, B*K, H, T, P)}, attention weights through which gradients flow.
+        """
+        attn = {"vision": [], "self": [], "cross": []} if return_attn else None
+        vision = self.encode(images, attn and attn["vision"])
+        return self.decode(vision, tokens, targets, loss_fn, attn)
+
+    def decode(self, vision, tokens, targets=None, loss_fn=F.cross_entropy, attn=None):
+        """As forward, from projected patches (B, P, D)."""
+        hidden = self.decoder(tokens.reshape(-1, tokens.shape[-1]), vision, attn=attn)        # (N, T, D)
+        if targets is None:
+            result = self.decoder.logits(hidden).view(*tokens.shape, -1)
+        else:
+            # Most targets are padding or command: leave them out before the widest matmul of the decoder.
+            keep = targets.reshape(-1) >= 0
+            hidden = hidden.flatten(0, 1)[keep]                                               # (M, D)
+            result = loss_fn(self.decoder.logits(hidden), targets.reshape(-1)[keep])
+        if attn is None:
+            return result
+        attn = {name: torch.stack(weights) for name, weights in attn.items()}
+        cross = attn["cross"].unflatten(3, (-1, tokens.shape[-1]))                            # (layers, B, H, K, T, P)
+        attn["cross"] = cross.transpose(2, 3).flatten(1, 2)                                   # (layers, N, H, T, P)
+        return result, attn
+
+    def contrastive_loss(self, vision, tokens):
+        """SigLIP's sigmoid loss (arXiv:2303.15343, eq. 1) of projected patches (B, P, D) and their texts (B, T).
+
+        A text is its last real token after the decoder without cross-attention; a picture is the mean of its patches.
+        """
+        last = ((tokens != PAD) * torch.arange(tokens.shape[1], device=tokens.device)).argmax(1)
+        text = self.decoder(tokens)[torch.arange(len(tokens), device=tokens.device), last]    # (B, D)
+        image = F.normalize(vision.mean(1).float(), dim=-1)
+        logits = self.contrast["log_scale"].exp() * image @ F.normalize(text.float(), dim=-1).T + self.contrast["bias"]
+        sign = 2 * torch.eye(len(logits), device=logits.device) - 1                           # 1 for pairs, -1 for others
+        return -F.logsigmoid(sign * logits).sum() / len(logits)
+
+    def freeze(self, part, on=True):
+        """Stop (or, on=False, resume) the learning of "vision" (the stem too), "projection" or "decoder"."""
+        if part not in ("vision", "projection", "decoder"):
+            raise ValueError(f"no part '{part}' to freeze: vision, projection or decoder")
+        getattr(self, part).requires_grad_(not on)
+
+    @torch.no_grad()
+    def generate(self, images, prompts, max_new_tokens, beam=1, eos_id=2, use_cache=True):
+        """Continue prompts (B, K, T), left-padded with [PAD]: new tokens (B, K, M), [PAD] after [EOS], M <= max_new_tokens.
+
+        beam: sequences kept for each prompt, the best being that of the largest sum of log-probabilities / length;
+        1 is greedy. Also returns the logits of the first new token (B, K, V), in which P([YES]) can be read.
+        use_cache=False computes everything again for each token: slower, to check and measure the cache.
+        """
+        B, K, T = prompts.shape
+        if T + max_new_tokens > self.cfg.max_text:
+            raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones exceed max_text={self.cfg.max_text}")
+        was_training = self.training
+        self.eval()
+        vision = self.encode(images)
+        text = prompts.reshape(B * K, T)
+        cache = Cache(self.cfg.text_layers, self.cfg.max_text) if use_cache else None
+        first = logits = self.decoder.logits(self.decoder(text, vision, cache)[:, -1])        # (N, V)
+
+        # Beams are more commands of the same picture. All but one start impossible, or all would be the same.
+        rows = torch.arange(B * K, device=text.device).repeat_interleave(beam)                # (N*beam,)
+        total = torch.full((B * K, beam), float("-inf"), device=text.device)
+        total[:, 0] = 0                                                           # sum of log-probabilities
+        text, logits = text[rows], logits[rows]
+        if use_cache and beam > 1:
+            cache.reorder(rows)
+        done = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+        length = torch.zeros(len(text), device=text.device)
+        group = torch.arange(B * K, device=text.device)[:, None] * beam           # a command's first row
+        for step in range(max_new_tokens):
+            if step > 0:
+                new = text[:, -1:] if use_cache else text
+                logits = self.decoder.logits(self.decoder(new, vision, cache)[:, -1])
+            logits[:, PAD] = float("-inf")                                        # padding is nothing to say ...
+            score = logits.log_softmax(-1)
+            score[done] = float("-inf")                                           # ... but all that follows the end
+            score[done, PAD] = 0.0
+            vocab = score.shape[-1]
+            length = length + ~done
+            score = (total.view(-1, 1) + score).view(B * K, -1)                   # (N, beam*V)
+            mean = score / length.view(B * K, beam).repeat_interleave(vocab, 1)
+            choice = mean.topk(beam, dim=-1).indices                              # (N, beam), best first
+            total = score.gather(1, choice)
+            rows = (group + choice // vocab).flatten()
+            token = (choice % vocab).flatten()
+            if beam > 1:
+                text, done, length = text[rows], done[rows], length[rows]
+                if use_cache:
+                    cache.reorder(rows)
+            text = torch.cat((text, token[:, None]), 1)
+            done = done | (token == eos_id)
+            if done.all():
+                break
+        self.train(was_training)
+        return text.view(B, K, beam, -1)[:, :, 0, T:], first.view(B, K, -1)
+
+
+# ---- statistics ----
+def parameter_stats(model):
+    """{part: (total, trainable)} for each part and "total", and the MB that float32 training with AdamW keeps for them."""
+    counts = {}
+    for name, part in [*model.named_children(), ("total", model)]:
+        sizes = [(p.numel(), p.numel() * p.requires_grad) for p in part.parameters()]
+        counts[name] = tuple(map(sum, zip(*sizes)))
+    total, trainable = (4 * n / 2 ** 20 for n in counts["total"])
+    return counts, {"weights": total, "gradients": trainable, "AdamW state": 2 * trainable}
+
+
+def forward_flops(model, commands, length):
+    """Floating-point operations of one picture with `commands` texts of `length` tokens, forward; training takes 3 times."""
+    from torch.utils.flop_counter import FlopCounterMode
+    device, size = model.decoder.embedding.weight.device, model.cfg.image_size
+    tokens = torch.ones(1, commands, length, dtype=torch.long, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size, device=device), tokens)
+    return counter.get_total_flops()
+
+
+def pick_device(cfg):
+    """The torch.device of cfg.device; auto takes cuda, then mps, then cpu. UserError if the wished one is not there."""
+    found = [name for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if module.is_available()]
+    if cfg.device == "auto":
+        return torch.device((found + ["cpu"])[0])
+    try:
+        device = torch.device(cfg.device)
+    except RuntimeError:
+        raise config.UserError(f"no device is called '{cfg.device}'; found here: {', '.join(found + ['cpu'])}") from None
+    missing = device.type not in found + ["cpu"] or (device.index or 0) >= max(torch.cuda.device_count(), 1)
+    if missing:
+        raise config.UserError(f"device '{cfg.device}' is not there; found here: {', '.join(found + ['cpu'])}")
+    return device
+
+
+def main(cfg):
+    device = pick_device(cfg)
+    vocab_file = Path(cfg.data_dir) / "vocab.json"
+    known = vocab_file.exists()
+    vocab_size = len(json.loads(vocab_file.read_text(encoding="utf-8"))) if known else 256
+    torch.manual_seed(cfg.seed)
+    model = VLM(cfg, vocab_size).to(device).eval()
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+    print(f"device {device}, dtype {'bfloat16' if half else 'float32'}, {torch.get_num_threads()} CPU threads")
+    print(f"vocabulary {vocab_size} words" + ("" if known else f", a stand-in: there is no {vocab_file} yet"))
+
+    image = torch.randn(1, 3, cfg.image_size, cfg.image_size, device=device)
+    K, T = cfg.commands_per_image, cfg.max_text // 2
+    shapes = {name: tuple(x.shape) for name, x in model.features(image).items()}
+    numbers = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+    text = (K, T, cfg.text_dim)
+    table = [("stem (" + cfg.stem + ")", shapes["stem"], numbers(model.vision.stem)),
+             ("positions (" + cfg.vision_positions + ")", shapes["stem"],
+              sum(p.numel() for name, p in model.vision.named_parameters() if name == "positions"))]
+    table += [(f"vision block {i}", shapes[f"block{i}"], numbers(b)) for i, b in enumerate(model.vision.blocks)]
+    table += [("vision norm", shapes["encoder"], numbers(model.vision.norm)),
+              ("projection", shapes["projected"], numbers(model.projection)),
+              ("embedding, also logits", text, numbers(model.decoder.embedding))]
+    table += [(f"decoder block {i}", text, numbers(b)) for i, b in enumerate(model.decoder.blocks)]
+    table += [("decoder norm", text, numbers(model.decoder.norm))]
+    print(f"\none picture, {K} commands of {T} tokens\n{'part':<24}{'output':<20}{'parameters':>12}")
+    for part, shape, count in table:
+        print(f"{part:<24}{' x '.join(map(str, shape)):<20}{count:>12,}")
+    counts, memory = parameter_stats(model)
+    print("\nparameters   " + ", ".join(f"{name} {total:,}" for name, (total, _) in counts.items()))
+    print("memory       " + ", ".join(f"{name} {mb:.1f} MB" for name, mb in memory.items()) + " (activations not counted)")
+    print(f"FLOPs        {forward_flops(model, K, T) / 1e9:.2f} G a picture, forward")
+
+    def seconds(work, repeats=3):
+        """Least time of a few runs after one to warm up."""
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            work()
+            if device.type != "cpu":
+                getattr(torch, device.type).synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    with torch.no_grad(), precision:
+        for batch in (1, cfg.batch_size):
+            images = image.expand(batch, -1, -1, -1)
+            tokens = torch.randint(3, vocab_size, (batch, K, T), device=device)
+            ms = 1000 * seconds(lambda: model(images, tokens))
+            print(f"forward      {ms:.1f} ms for {batch} pictures with {K} commands, {batch * K / ms * 1000:,.0f} pairs/s")
+        new = min(24, cfg.max_text - 8)
+        for batch in (1, 64):
+            images, prompts = image.expand(batch, -1, -1, -1), torch.randint(3, vocab_size, (batch, 1, 8), device=device)
+            # No token is -1, so no sequence ends early.
+            speed = [batch * new / seconds(lambda: model.generate(images, prompts, new, eos_id=-1, use_cache=use), 1)
+                     for use in (True, False)]
+            print(f"decode       batch {batch}: {speed[0]:,.0f} tokens/s with the KV-cache, {speed[1]:,.0f} without")
+
+
+if __name__ == "__main__":
+    config.run(main, __doc__)
