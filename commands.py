@@ -188,7 +188,7 @@ TEMPLATES = {
         "can you spot {a} {at}", "do you notice {a} {at}")),
     "near": Template("detection", "medium", 0.08, (
         "is there {a} near", "is {a} close to us", "do you see {a} nearby", "is there a nearby {n}",
-        "is any {n} close to the car", "is there {a} close by", "is {a} within a short distance",
+        "is any {n} close to our vehicle", "is there {a} close by", "is {a} within a short distance",
         "are we getting close to {a}", "can you see {a} near us")),
     "light": Template("state", "medium", 0.09, (
         "is the traffic light {c}", "is the light {c}", "is the signal {c} now", "does the traffic light show {c}",

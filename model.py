@@ -6,6 +6,7 @@
   to the embedding. Without cross-attention it computes what Gemma computes (a test compares the two).
 - One Attention class serves all three attentions: grouped queries, a by-hand path that returns its weights, a fast path.
 - A picture is encoded once for all its commands; so are its keys and values in cross-attention.
+- No work on padding: all that is done token by token sees real tokens only, attention alone gets padded rows.
 - Generation, greedy or by beams, with one KV-cache for the text (it grows) and one for the picture (it does not).
 
     python model.py                    architecture, parameters, memory, speed
@@ -14,8 +15,8 @@
 References: Transformer arXiv:1706.03762, ViT 2010.11929, SigLIP 2303.15343, Gemma 2403.08295, PaliGemma 2407.07726,
 RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, GLU variants 2002.05202, early convolutions 2106.14881.
 
-Shapes: B images, K commands for each, N = B*K rows of text, T text tokens, S keys, P patches, D width, V words;
-H query heads of d dimensions, G key/value heads, R = H/G query heads that share one of them.
+Shapes: B images, K commands for each, N = B*K rows of text, T text tokens, M real tokens in all rows, S keys,
+P patches, D width, V words; H query heads of d dimensions, G key/value heads, R = H/G query heads that share one.
 """
 import json
 import math
@@ -58,7 +59,7 @@ def rope_tables(positions, head_dim, theta):
 
 
 def rotate(x, rope):
-    """Rotate x (N, T, heads, d) by the (cos, sin) of its tokens' positions, each (N, T, 1, d)."""
+    """Rotate x (M, heads, d) by the (cos, sin) of its tokens' positions, each (M, 1, d)."""
     cos, sin = (table.to(x.dtype) for table in rope)
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((second, first), -1) * sin
@@ -86,6 +87,30 @@ def self_mask(real, queries):
     return torch.zeros(seen.shape, device=real.device).masked_fill(~seen, float("-inf"))[:, None]
 
 
+class Packing:
+    """Places of M real tokens in a rectangle of padded rows, to go from the one to the other and back.
+
+        a b c .             pad ->
+        d . . .       <- unpad       a b c d e f          rows 3, length 4, index 0 1 2 4 8 9
+        e f . .
+
+    Texts differ in length, so half of a batch can be padding. Norms, FFNs and projections treat each token alone: they
+    take the packed tokens; only the scores of attention need the rectangle.
+    """
+
+    def __init__(self, index, rows, length):
+        self.index, self.rows, self.length = index, rows, length
+
+    def pad(self, x):
+        """(M, ...) to (rows, length, ...), 0 where no token is."""
+        full = x.new_zeros(self.rows * self.length, *x.shape[1:])
+        return full.index_copy(0, self.index, x).unflatten(0, (self.rows, self.length))
+
+    def unpad(self, x):
+        """(rows, length, ...) to (M, ...)."""
+        return x.flatten(0, 1).index_select(0, self.index)
+
+
 # ---- attention and FFN ----
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v with grouped queries: H query heads share G key/value heads (GQA, arXiv:2305.13245).
@@ -108,39 +133,44 @@ class Attention(nn.Module):
         self.kv = nn.Linear(kv_dim or dim, 2 * kv_heads * head_dim, bias=bias)
         self.out = nn.Linear(heads * head_dim, dim, bias=bias)
 
-    def keys_values(self, source, rope=None):
-        """Keys and values of source (N, S, kv_dim), each (N, G, S, d). Apart from forward, so that they can be kept."""
-        k, v = self.kv(source).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)     # (N, S, G, d)
+    def keys_values(self, source, rope=None, packing=None):
+        """Keys and values of source (N, S, kv_dim) or packed (M, kv_dim), each (N, G, S, d), to be used or kept."""
+        kv = self.kv(source).unflatten(-1, (2 * self.kv_heads, self.head_dim))              # (N, S, 2G, d)
         if rope is not None:
-            k = rotate(k, rope)
-        return k.transpose(1, 2), v.transpose(1, 2)                                           # (N, G, S, d)
+            kv = torch.cat((rotate(kv[:, :self.kv_heads], rope), kv[:, self.kv_heads:]), 1)
+        if packing is not None:
+            kv = packing.pad(kv)
+        return kv.transpose(1, 2).chunk(2, 1)                                               # (N, G, S, d) each
 
-    def forward(self, x, k, v, mask=None, rope=None, collect=None):
-        """x (N, T, D) asks, k and v (N, G, S, d) answer: (N, T, D). mask (N, 1, T, S) is added to the scores.
+    def forward(self, x, k, v, mask=None, rope=None, packing=None, collect=None):
+        """x (N, T, D), or packed (M, D), asks; k and v (N, G, S, d) answer: the shape of x. mask (N, 1, T, S) is added.
 
         collect: a list that receives the weights (N, H, T, S); it asks for the by-hand path.
         """
-        N, T, _ = x.shape
         G, R, S, d = self.kv_heads, self.shared, k.shape[2], self.head_dim
-        q = self.q(x).unflatten(-1, (G * R, d))                                               # (N, T, H, d)
+        q = self.q(x) * d ** -0.5
         if rope is not None:
-            q = rotate(q, rope)
-        q = q.reshape(N, T, G, R * d).transpose(1, 2).reshape(N, G, T * R, d)                 # (N, G, T*R, d)
+            q = rotate(q.unflatten(-1, (G * R, d)), rope).flatten(1)
+        if packing is not None:
+            q = packing.pad(q)                                                              # (N, T, H*d)
+        N, T, _ = q.shape
+        q = q.view(N, T, G, R * d).transpose(1, 2).reshape(N, G, T * R, d)                  # (N, G, T*R, d)
         dropout = self.dropout if self.training else 0.0
         # By hand is the fast path of a CPU: in bfloat16 the backward of sdpa took 44% of a training step there.
         if collect is not None or self.path == "hand" or (self.path == "auto" and x.device.type == "cpu"):
-            scores = (q * d ** -0.5) @ k.transpose(-2, -1)                                    # (N, G, T*R, S)
+            scores = q @ k.transpose(-2, -1)                                                # (N, G, T*R, S)
             if mask is not None:
-                scores = (scores.view(N, G, T, R, S) + mask[:, :, :, None].to(scores.dtype)).view(N, G, T * R, S)
+                scores.view(N, G, T, R, S).add_(mask[:, :, :, None].to(scores.dtype))
             weights = scores.softmax(-1)
             if collect is not None:
                 collect.append(weights.view(N, G, T, R, S).transpose(2, 3).reshape(N, G * R, T, S))
-            y = F.dropout(weights, dropout) @ v                                               # (N, G, T*R, d)
+            y = F.dropout(weights, dropout) @ v                                             # (N, G, T*R, d)
         else:
             if mask is not None:
-                mask = mask.to(q.dtype).repeat_interleave(R, dim=2)                           # (N, 1, T*R, S)
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)                        # (N, G, T*R, d)
-        return self.out(y.view(N, G, T, R * d).transpose(1, 2).reshape(N, T, G * R * d))      # (N, T, D)
+                mask = mask.to(q.dtype).repeat_interleave(R, dim=2)                         # (N, 1, T*R, S)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=1.0)           # (N, G, T*R, d)
+        y = y.view(N, G, T, R * d).transpose(1, 2).reshape(N, T, G * R * d)                 # (N, T, H*d)
+        return self.out(y if packing is None else packing.unpad(y))
 
 
 class GatedFFN(nn.Module):
@@ -186,7 +216,7 @@ def conv_stem(cfg):
     """
     layers, width, into = [], cfg.stem_width, 3
     for _ in range(int(math.log2(cfg.patch_size))):
-        layers += [nn.Conv2d(into, width, 3, stride=2, padding=1), nn.GELU(approximate="tanh")]
+        layers += [nn.Conv2d(into, width, 3, stride=2, padding=1), nn.GELU()]
         width, into = 2 * width, width
     return nn.Sequential(*layers, nn.Conv2d(into, cfg.vision_dim, 1))
 
@@ -272,21 +302,20 @@ class DecoderBlock(nn.Module):
         self.norm2, self.cross = RMSNorm(D), Attention(D, *sizes, **kind)
         self.norm3, self.ffn = RMSNorm(D), GatedFFN(D, cfg.text_ffn_dim, cfg.ffn, cfg.dropout)
 
-    def forward(self, x, vision, mask, rope, cache=None, attn=None):
-        h = self.norm1(x)                                                         # (N, T, D)
-        k, v = self.attn.keys_values(h, rope)
+    def forward(self, x, vision, mask, rope, rows, pictures, cache=None, attn=None):
+        """x (M, D) packed; rows, pictures: its Packing as texts (N, T) and as one long query for each picture (B, L)."""
+        h = self.norm1(x)                                                         # (M, D)
+        k, v = self.attn.keys_values(h, rope, rows)                               # (N, G, S, d) each
         if cache is not None:
             k, v = cache.append(k, v)
-        x = x + self.attn(h, k, v, mask, rope, attn and attn["self"])
+        x = x + self.attn(h, k, v, mask, rope, rows, attn and attn["self"])
         if vision is not None:
             kv = cache.cross if cache is not None else None
             if kv is None:
-                kv = self.cross.keys_values(vision)                               # (B, G, P, d)
+                kv = self.cross.keys_values(vision)                               # (B, G, P, d) each
             if cache is not None:
                 cache.cross = kv
-            # The K commands of a picture become one long query of K*T tokens, so its keys serve all of them.
-            h = self.norm2(x).reshape(len(vision), -1, x.shape[-1])               # (B, K*T, D)
-            x = x + self.cross(h, *kv, collect=attn and attn["cross"]).view_as(x)
+            x = x + self.cross(self.norm2(x), *kv, packing=pictures, collect=attn and attn["cross"])
         return x + self.ffn(self.norm3(x))
 
 
@@ -307,20 +336,31 @@ class Decoder(nn.Module):
         """tokens (N, T), [PAD] at either side; vision (B, P, D) with N = B*K, or None for no cross-attention.
 
         cache: a Cache that holds the tokens before these. attn: a dict of lists for the weights, "self" and "cross".
+        What is returned for [PAD] is 0.
         """
-        T, real = tokens.shape[1], tokens != PAD
+        (N, T), real = tokens.shape, tokens != PAD
+        index = real.flatten().nonzero()[:, 0]                                    # (M,)
+        rows, pictures = Packing(index, N, T), None
+        if vision is not None:
+            # The K commands of a picture become one query of up to L tokens, so its keys are computed once for all.
+            B, own = len(vision), real.view(len(vision), -1)                      # (B, K*T)
+            L = int(own.sum(1).max())
+            place = own.cumsum(1) - 1 + L * torch.arange(B, device=own.device)[:, None]
+            pictures = Packing(place.flatten()[index], B, L)
         if cache is not None:
             real = cache.real = real if cache.real is None else torch.cat((cache.real, real), 1)
         if real.shape[1] > self.max_text:
             raise ValueError(f"a text of {real.shape[1]} tokens exceeds max_text={self.max_text}")
         # Positions are counted from the first real token, so that padding moves nothing.
-        positions = (real.cumsum(1) - 1).clamp(min=0)[:, -T:]                     # (N, T)
-        rope = self.cos[positions][:, :, None], self.sin[positions][:, :, None]   # (N, T, 1, d) each
+        position = (real.cumsum(1) - 1)[:, -T:].flatten()[index]                  # (M,)
+        rope = self.cos[position][:, None], self.sin[position][:, None]           # (M, 1, d) each
         mask = self_mask(real, T)
-        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)      # (N, T, D)
+        x = self.embedding(tokens.flatten()[index]) * math.sqrt(self.embedding.embedding_dim)   # (M, D)
         for i, block in enumerate(self.blocks):
-            x = block(x, vision, mask, rope, cache.layers[i] if cache is not None else None, attn)
-        return self.norm(x)
+            x = block(x, vision, mask, rope, rows, pictures, cache.layers[i] if cache is not None else None, attn)
+        if attn is not None and vision is not None:
+            attn["cross"] = [rows.pad(pictures.unpad(w.transpose(1, 2))).transpose(1, 2) for w in attn["cross"]]
+        return rows.pad(self.norm(x))
 
     def logits(self, hidden):
         """(..., D) to float32 (..., V), by the embedding's own weights."""
@@ -401,10 +441,7 @@ class VLM(nn.Module):
             result = loss_fn(self.decoder.logits(hidden), targets.reshape(-1)[keep])
         if attn is None:
             return result
-        attn = {name: torch.stack(weights) for name, weights in attn.items()}
-        cross = attn["cross"].unflatten(3, (-1, tokens.shape[-1]))                            # (layers, B, H, K, T, P)
-        attn["cross"] = cross.transpose(2, 3).flatten(1, 2)                                   # (layers, N, H, T, P)
-        return result, attn
+        return result, {name: torch.stack(weights) for name, weights in attn.items()}
 
     def contrastive_loss(self, vision, tokens):
         """SigLIP's sigmoid loss (arXiv:2303.15343, eq. 1) of projected patches (B, P, D) and their texts (B, T).

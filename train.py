@@ -1,0 +1,566 @@
+"""Training: batches of pictures with several commands each, the losses, AdamW with a hand-written schedule, the loop.
+
+- Prepares the data itself when they are missing; ends with the accuracy on the test split and a block of `key: value`.
+- Every batch is a function of (seed, position): resuming needs no loader state, and 4 x 8 accumulated equals 32 at once.
+- Augmentation never changes the truth: a flip swaps left and right in the text, a crop is made only if all answers hold.
+- best.pt by validation balanced accuracy, last.pt to go on from, log.csv beside them; Ctrl-C saves.
+
+    python train.py                                   default: minutes on 2 CPU cores
+    python train.py --batch_size=4 --grad_accum=8
+    python train.py --resume=True
+    python train.py --preset=base --device=cuda
+
+Shapes: B images, K commands for each, T text tokens, M learned tokens, V words.
+"""
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import os
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import commands
+import config
+import prepare
+from config import UserError
+from model import VLM, pick_device
+from tokenizer import EOS, IGNORE, NO, PAD, YES, Tokenizer
+
+FORMAT = 1                    # of checkpoints
+# What may differ when a run goes on; any other setting would change what was being trained.
+RESUMABLE = {"resume", "device", "dtype", "workers", "prefetch", "log_every", "eval_every", "eval_batch", "eval_items",
+             "tensorboard", "save_top", "max_steps", "early_stopping", "checkpoint", "bootstrap", "split", "image",
+             "command", "beam", "max_new_tokens", "out_dir", "data_dir", "attention"}
+
+# ---- data ----
+
+
+@dataclasses.dataclass
+class Batch:
+    """images (B, 3, S, S) float32 normalised; tokens and targets (B, K, T) int64, targets -100 where not learned."""
+    images: torch.Tensor
+    tokens: torch.Tensor
+    targets: torch.Tensor
+
+
+class Data:
+    """A set of commands (train, val, test, ood, test_words, test_combos) with its pictures, as memory maps.
+
+    cfg: settings; meta: from prepare.load_meta. `index` (n, 4) int32: picture, prompt length, text length, answer.
+    """
+
+    def __init__(self, cfg, meta, name):
+        root = Path(cfg.data_dir)
+        self.cfg, self.name = cfg, name
+        self.images = np.load(root / "images.npy", mmap_mode="r")                 # (N, S, S, 3) uint8
+        self.tokens = np.load(root / f"tokens_{name}.npy", mmap_mode="r")         # (n, longest) uint16
+        self.index = np.load(root / f"index_{name}.npy")
+        self.tokenizer = Tokenizer(json.loads((root / "vocab.json").read_text(encoding="utf-8")))
+        self.mean, self.std = np.float32(meta["mean"]), np.float32(meta["std"])
+        self.pictures, self.starts = np.unique(self.index[:, 0], return_index=True)
+        self.ends = np.append(self.starts[1:], len(self.index))                   # items of a picture are neighbours
+        ids = self.tokenizer.ids
+        self.mirror = np.arange(len(self.tokenizer))
+        self.mirror[[ids["left"], ids["right"]]] = ids["right"], ids["left"]
+        if cfg.crop:                                                              # a crop asks the rules again
+            with open(root / "frames.jsonl", encoding="utf-8") as file:
+                self.frames = [json.loads(line) for line in file]
+            self.items = prepare.read_items(root, name)
+
+    def normalise(self, pictures):
+        """uint8 (B, S, S, 3) to float32 tensor (B, 3, S, S) with the data's channel mean and std."""
+        scaled = (np.asarray(pictures, dtype=np.float32) / 255 - self.mean) / self.std
+        return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
+
+    def batch(self, position, size):
+        """The training batch of `size` pictures from global picture counter `position` on."""
+        cfg, n, rows, pictures, gains = self.cfg, len(self.pictures), [], [], []
+        for p in range(position, position + size):
+            order = np.random.default_rng([cfg.seed, p // n]).permutation(n) if p % n == 0 or p == position else order
+            rng, k = np.random.default_rng([cfg.seed, 1, p]), order[p % n]
+            picture = self.images[self.pictures[k]]
+            items = np.arange(self.starts[k], self.ends[k])
+            asked, described = items[self.index[items, 3] >= 0], items[self.index[items, 3] < 0]
+            wanted = cfg.commands_per_image - min(1, len(described))
+            if len(asked):
+                asked = rng.choice(asked, wanted, replace=len(asked) < wanted)
+            else:
+                asked = np.repeat(described, wanted)
+            chosen = np.concatenate((described[:1], asked))
+            chosen = chosen[np.argsort(-self.index[chosen, 2], kind="stable")]    # longest first, see batch_loss
+            if cfg.crop:
+                picture = self._crop(picture, chosen, rng)
+            tokens = self.tokens[chosen]
+            if rng.random() < cfg.flip:
+                picture, tokens = picture[:, ::-1], self.mirror[tokens]
+            gains.append(1 + cfg.jitter * rng.uniform(-1, 1, 2))
+            pictures.append(picture)
+            rows.append((chosen, tokens))
+        images = self.normalise(pictures)
+        if cfg.jitter:
+            contrast, light = torch.tensor(np.array(gains), dtype=torch.float32).T[:, :, None, None, None]
+            images = images * contrast + (light - 1) * 2
+        chosen = np.stack([c for c, _ in rows])                                   # (B, K)
+        longest = self.index[chosen, 2].max()
+        tokens = torch.from_numpy(np.stack([t[:, :longest] for _, t in rows]).astype(np.int64))
+        prompt = torch.from_numpy(self.index[chosen, 1])[..., None]
+        # The target of a token is the next one; prompts and padding teach nothing. The last prompt token, `?`, answers.
+        targets = torch.full_like(tokens, IGNORE)
+        following = tokens[..., 1:]
+        learned = (torch.arange(1, longest) >= prompt) & (following != PAD)
+        targets[..., :-1] = torch.where(learned, following, IGNORE)
+        return Batch(images, tokens, targets)
+
+    def _crop(self, picture, chosen, rng):
+        """A random crop of `picture`, resized back, if every chosen command keeps its answer, reason and description."""
+        cfg, size = self.cfg, picture.shape[0]
+        side = size * (1 - rng.uniform(0, cfg.crop))
+        x, y = rng.uniform(0, size - side, 2)
+        frame = self.frames[self.items[chosen[0]]["picture"]]
+        labels = []
+        for label in frame["labels"]:
+            box = {k: (label["box2d"][k] - (x if "x" in k else y)) * size / side for k in label["box2d"]}
+            box = {k: min(max(v, 0.0), float(size)) for k, v in box.items()}
+            if box["x2"] - box["x1"] > 1 and box["y2"] - box["y1"] > 1:
+                labels.append(dict(label, box2d=box))
+        view = commands.View(dict(frame, labels=labels), cfg)
+        for item in (self.items[i] for i in chosen):
+            if item["answer"] is None:
+                same = commands.describe(view, cfg.max_describe) == item["reason"]
+            else:
+                question = commands.Question(item["template"], item["first"], item["second"])
+                same = question.truth(view) == (commands.YES if item["answer"] else commands.NO) \
+                    and commands.check_reason(item["reason"], view) == commands.YES
+            if not same:
+                return picture
+        box = (x, y, x + side, y + side)
+        return np.asarray(prepare.Image.fromarray(picture).resize((size, size), prepare.Image.BILINEAR, box=box))
+
+
+def prefetched(make, first, last, depth):
+    """make(i) for i in [first, last), computed by a thread up to `depth` ahead."""
+    ready, stopped = queue.Queue(depth), threading.Event()
+
+    def work():
+        for i in range(first, last):
+            try:
+                item = make(i)
+            except Exception as error:                      # shown where the batch is used
+                item = error
+            while not stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    ready.put(item, timeout=0.1)
+                    break
+            if stopped.is_set():
+                return
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        for _ in range(first, last):
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+# ---- losses ----
+
+def token_weights(targets, cfg):
+    """Weight of each learned token in the loss: (M,) float. [YES] and [NO] weigh answer_weight, [YES] yes_weight times it."""
+    weights = torch.ones(targets.shape, device=targets.device)
+    weights[(targets == YES) | (targets == NO)] = cfg.answer_weight
+    weights[targets == YES] *= cfg.yes_weight
+    return weights
+
+
+def token_loss(logits, targets, cfg):
+    """Weighted SUM of the cross-entropies of the learned tokens; the caller divides by the sum of weights.
+
+    logits (M, V) float32, targets (M,). With focal_gamma the answers weigh (1 - p)^gamma (Lin et al. 2017, eq. 4).
+    """
+    loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=cfg.label_smoothing)
+    if cfg.focal_gamma:
+        p = torch.softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+        answers = (targets == YES) | (targets == NO)
+        loss = torch.where(answers, (1 - p) ** cfg.focal_gamma * loss, loss)
+    return (loss * token_weights(targets, cfg)).sum()
+
+
+def attention_entropy(weights):
+    """Mean entropy of attention rows in nats: H(A) = -sum A log A over the keys. weights (..., S)."""
+    return torch.special.entr(weights.float()).sum(-1).mean()
+
+
+def batch_loss(model, batch, cfg, total_weight):
+    """Loss of a micro-batch as its share of an update: token losses / total_weight of the whole update, plus extras."""
+    vision = model.encode(batch.images)
+    loss_fn = lambda logits, targets: token_loss(logits, targets, cfg) / total_weight     # noqa: E731
+    # Rows come longest first for each picture. Decoding the long quarter apart from the short rest saves a third of the
+    # decoder's work, which padding to the one longest text would waste.
+    K = batch.tokens.shape[1]
+    cuts, loss = sorted({0, K // 4, K}), 0.0
+    for first, last in zip(cuts, cuts[1:]):
+        tokens, targets = batch.tokens[:, first:last], batch.targets[:, first:last]
+        T = int((tokens != PAD).sum(-1).max())
+        attn = {"self": [], "cross": []} if cfg.entropy_weight else None
+        part = model.decode(vision, tokens[..., :T], targets[..., :T], loss_fn=loss_fn, attn=attn)
+        if attn is not None:
+            part, attn = part
+            part = part + cfg.entropy_weight * attention_entropy(attn["cross"]) * (last - first) / K / cfg.grad_accum
+        loss = loss + part
+    if cfg.contrast_weight:       # the longest text of a picture, mostly its description, is the one that names it
+        words = torch.where(batch.targets[:, 0] >= 0, batch.targets[:, 0], PAD)
+        words = words.gather(1, torch.argsort((words == PAD).int(), dim=1, stable=True))   # the reason, moved to the left
+        loss = loss + cfg.contrast_weight * model.contrastive_loss(vision, words) / cfg.grad_accum
+    return loss
+
+
+# ---- optimizer and schedule ----
+
+def make_optimizer(model, cfg, device):
+    """AdamW with a learning rate for each part and weight decay on matrices only."""
+    rates, groups = {"vision": cfg.lr_vision, "projection": cfg.lr_projection, "decoder": cfg.lr, "contrast": cfg.lr}, {}
+    for name, p in model.named_parameters():
+        part = name.split(".")[0]
+        decays = p.ndim >= 2 and not any(word in name for word in ("embedding", "positions"))
+        groups.setdefault((part, decays), []).append(p)
+    return torch.optim.AdamW([dict(params=params, lr=rates[part], peak=rates[part],
+                                   weight_decay=cfg.weight_decay if decays else 0.0)
+                              for (part, decays), params in groups.items()],
+                             betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=device.type in ("cpu", "cuda"))
+
+
+def lr_scale(step, cfg):
+    """Share of the peak learning rate at update `step`: linear warm-up, then cfg.schedule down to cfg.min_lr."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / cfg.warmup_steps
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+    if cfg.schedule == "constant":
+        return 1.0
+    if cfg.schedule == "step":
+        return max(cfg.min_lr, 0.01 if done >= 0.85 else 0.1 if done >= 0.6 else 1.0)
+    if cfg.schedule == "restarts":
+        done = (done * 3) % 1.0 if done < 1 else 1.0
+    return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def pick_dtype(cfg, device):
+    """(torch dtype of autocast, reason in words)."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype), "as set"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, "the GPU computes bfloat16"
+        return torch.float16, "the GPU has no bfloat16 units: float16 with loss scaling"
+    if device.type == "cpu":
+        flags = Path("/proc/cpuinfo")
+        text = flags.read_text(encoding="utf-8") if flags.exists() else ""
+        for flag in ("amx_bf16", "avx512_bf16"):
+            if flag in text:
+                return torch.bfloat16, f"{flag} found"
+        return torch.float32, "the CPU has no fast bfloat16"
+    return torch.float32, "safest on this device"
+
+
+def autocast(dtype, device):
+    """torch.autocast at dtype, or nothing for float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+# ---- prediction, shared with evaluate.py ----
+
+@torch.no_grad()
+def predict(model, data, cfg, device, dtype, picture="right", limit=0):
+    """Log-odds of YES against NO for the questions of a set: (item rows (n,), log-odds (n,)).
+
+    picture: right, blank (the mean colour) or wrong (another picture of the set). limit: about so many questions,
+    spread over the set; 0 = all. One forward pass to the end of each prompt; the answer is read there.
+    """
+    model.eval()
+    questions = np.flatnonzero(data.index[:, 3] >= 0)
+    groups = np.split(questions, np.flatnonzero(np.diff(data.index[questions, 0])) + 1) if len(questions) else []
+    if limit and limit < len(questions):
+        keep = np.linspace(0, len(groups) - 1, max(1, round(len(groups) * limit / len(questions)))).astype(int)
+        groups = [groups[i] for i in keep]
+    own = [data.index[g[0], 0] for g in groups]
+    shown = own if picture != "wrong" else list(np.roll(own, len(own) // 2))
+    found, odds = [], []
+    for start in range(0, len(groups), cfg.eval_batch):
+        part = groups[start:start + cfg.eval_batch]
+        images = data.normalise(data.images[np.array(shown[start:start + cfg.eval_batch])])
+        images = torch.zeros_like(images) if picture == "blank" else images
+        K, T = max(map(len, part)), max(data.index[g, 1].max() for g in part)
+        tokens = np.zeros((len(part), K, T), np.int64)
+        ends = np.ones((len(part), K), np.int64)
+        for i, g in enumerate(part):
+            ends[i, :len(g)] = data.index[g, 1]
+            text = data.tokens[g, :T].astype(np.int64)
+            tokens[i, :len(g)] = np.where(np.arange(T) < ends[i, :len(g), None], text, PAD)
+        with autocast(dtype, device):
+            vision = model.encode(images.to(device))
+            hidden = model.decoder(torch.from_numpy(tokens).to(device).flatten(0, 1), vision)     # (B*K, T, D)
+            last = torch.from_numpy(ends).to(device).flatten() - 1
+            logits = model.decoder.logits(hidden[torch.arange(len(hidden), device=device), last])  # (B*K, V)
+        answer = (logits[:, YES] - logits[:, NO]).view(len(part), K).cpu().numpy()
+        for i, g in enumerate(part):
+            found.append(g)
+            odds.append(answer[i, :len(g)])
+    return (np.concatenate(found), np.concatenate(odds)) if found else (np.zeros(0, int), np.zeros(0))
+
+
+def balanced_accuracy(truth, odds):
+    """Mean of the accuracies on YES and on NO items, in [0, 1]; NaN without items of both."""
+    truth, said = np.asarray(truth, bool), np.asarray(odds) > 0
+    if truth.all() or not truth.any():
+        return math.nan
+    return float(said[truth].mean() + (~said[~truth]).mean()) / 2
+
+
+def validate(model, data, cfg, device, dtype):
+    """(balanced accuracy, answer loss in nats; ln 2 = 0.693 is guessing) on a sample of a set."""
+    rows, odds = predict(model, data, cfg, device, dtype, limit=cfg.eval_items)
+    truth = data.index[rows, 3]
+    loss = np.logaddexp(0, np.where(truth == 1, -odds, odds)).mean()
+    return balanced_accuracy(truth, odds), float(loss)
+
+
+# ---- checkpoints ----
+
+def save_checkpoint(path, content):
+    """Write by a temporary file and os.replace, so that `path` is never half a checkpoint."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write the checkpoint {path}: {error}") from None
+
+
+def load_checkpoint(path, device="cpu"):
+    """A checkpoint's dict. Raises UserError when there is none, it is broken, or of another format."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}: run python train.py, or pass --checkpoint=FILE") from None
+    except Exception as error:                              # unpickling fails in many ways
+        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path} is not a checkpoint of train.py, or it is damaged: {first}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this version of train.py: train again with python train.py")
+    return state
+
+
+def load_model(cfg):
+    """(model in eval mode, its settings with cfg's run and evaluation settings, tokenizer, state, device).
+
+    The checkpoint is cfg.checkpoint or out_dir/best.pt.
+    """
+    device = pick_device(cfg)
+    state = load_checkpoint(cfg.checkpoint or str(Path(cfg.out_dir) / "best.pt"), device)
+    trained = dict(vars(config.from_args()), **state["config"])
+    for name, (section, _, _) in config.SETTINGS.items():
+        if section in ("run", "evaluation", "answering") or name == "attention":
+            trained[name] = getattr(cfg, name)
+    cfg = type(cfg)(**trained)
+    tokenizer = Tokenizer(state["words"])
+    model = VLM(cfg, len(tokenizer)).to(device)
+    model.load_state_dict(state["model"])
+    return model.eval(), cfg, tokenizer, state, device
+
+
+# ---- the loop ----
+
+def show_example(batch, tokenizer):
+    """One text token by token, with what each token learns to say next."""
+    print("one example, token -> target:")
+    pairs = [(t, y) for t, y in zip(batch.tokens[0, 0].tolist(), batch.targets[0, 0].tolist()) if t != PAD]
+    print("  " + "  ".join(tokenizer.words[t] + (f" -> {tokenizer.words[y]}" if y >= 0 else "") for t, y in pairs))
+
+
+def train(cfg):
+    """Train as cfg says; returns the dict of final numbers that it prints."""
+    start = time.time()
+    if not (Path(cfg.data_dir) / "meta.json").exists():
+        print(f"no data in {cfg.data_dir}: preparing them")
+        prepare.print_report(prepare.prepare(cfg), cfg)
+    meta = prepare.load_meta(cfg)
+    device = pick_device(cfg)
+    dtype, reason = pick_dtype(cfg, device)
+    print(f"device {device}, dtype {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads, torch {torch.__version__}")
+    torch.manual_seed(cfg.seed)
+    out = Path(cfg.out_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to out_dir {out}: {error}") from None
+
+    data, val = Data(cfg, meta, "train"), Data(cfg, meta, "val")
+    if not len(data.pictures):
+        raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
+    model = VLM(cfg, len(data.tokenizer)).to(device)
+    optimizer = make_optimizer(model, cfg, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, best, since_best, top = 0, -1.0, 0, []
+    if cfg.resume:
+        state = load_checkpoint(out / "last.pt", device)
+        changed = [k for k, v in state["config"].items() if getattr(cfg, k, v) != v and k not in RESUMABLE]
+        if changed:
+            raise UserError("resuming with other settings would train something else: " + ", ".join(
+                f"{k} was {state['config'][k]!r}, now {getattr(cfg, k)!r}" for k in changed))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"].cpu())
+        step, best, since_best, top = state["step"], state["best"], state["since_best"], state["top"]
+        print(f"resumed {out / 'last.pt'} at step {step}")
+    parameters = sum(p.numel() for p in model.parameters())
+    pairs = cfg.batch_size * cfg.grad_accum * cfg.commands_per_image
+    print(f"{parameters / 1e6:.2f}M parameters; {len(data.pictures)} training pictures, {len(data.index)} commands; "
+          f"{cfg.max_steps} updates of {pairs} pairs, {cfg.max_steps * pairs / cfg.commands_per_image / len(data.pictures):.1f} passes")
+
+    def checkpoint(path):
+        save_checkpoint(path, dict(
+            format=FORMAT, model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            step=step, best=best, since_best=since_best, top=top, rng=torch.get_rng_state(), config=vars(cfg),
+            words=data.tokenizer.words[6:], mean=meta["mean"], std=meta["std"], data_hash=meta["hash"]))
+
+    def micro_batches(update):
+        first = update * cfg.grad_accum * cfg.batch_size
+        return [data.batch(first + m * cfg.batch_size, cfg.batch_size) for m in range(cfg.grad_accum)]
+
+    board = None
+    if cfg.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard=True needs the tensorboard package: pip install tensorboard") from None
+        board = SummaryWriter(str(out))
+    log_path = out / "log.csv"
+    log_file = open(log_path, "a" if cfg.resume else "w", newline="", encoding="utf-8")
+    log = csv.writer(log_file)
+    if not cfg.resume:
+        log.writerow(["step", "loss", "lr", "grad_norm", "ms", "pairs_per_s", "wait_share", "val_accuracy", "val_loss",
+                      "cross_entropy", "seconds"])
+        show_example(data.batch(0, 1), data.tokenizer)
+
+    waited, computed, mark, loss_sum, frozen = 0.0, 0.0, time.time(), 0.0, None
+    batches = prefetched(micro_batches, step, cfg.max_steps, cfg.prefetch)
+    try:
+        while step < cfg.max_steps:
+            freeze = cfg.freeze_vision_steps < 0 or step < cfg.freeze_vision_steps
+            if freeze != frozen:
+                model.freeze("vision", freeze)
+                frozen = freeze
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * lr_scale(step, cfg)
+
+            before = time.time()
+            micros = next(batches)
+            waited += time.time() - before
+            model.train()
+            total = sum(token_weights(m.targets[m.targets >= 0], cfg).sum().item() for m in micros)
+            loss = 0.0
+            for micro in micros:
+                micro = Batch(*(t.to(device, non_blocking=True) for t in (micro.images, micro.tokens, micro.targets)))
+                with autocast(dtype, device):
+                    share = batch_loss(model, micro, cfg, total)
+                scaler.scale(share).backward()
+                loss += share.item()
+            scaler.unscale_(optimizer)
+            limit = cfg.grad_clip or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step} (gradient norm {norm}): nothing was updated. "
+                                f"Lower lr, or try --dtype=float32; {out / 'last.pt'} holds the last good state")
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step, loss_sum = step + 1, loss_sum + loss
+
+            if step % cfg.log_every == 0 or step == cfg.max_steps:
+                now, n = time.time(), (step - 1) % cfg.log_every + 1
+                ms = 1000 * (now - mark) / n
+                row = [step, loss_sum / n, optimizer.param_groups[-1]["lr"], norm, ms, 1000 * pairs / ms, waited / (now - mark)]
+                left = (cfg.max_steps - step) * ms / 1000
+                print(f"step {step}/{cfg.max_steps}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  "
+                      f"{row[5]:.0f} pairs/s  wait {100 * row[6]:.0f}%  eta {left:.0f} s", flush=True)
+                log.writerow([f"{x:.6g}" for x in row] + ["", "", "", f"{now - start:.1f}"])
+                log_file.flush()
+                if board:
+                    for name, value in zip(("loss", "lr", "grad_norm"), row[1:]):
+                        board.add_scalar(name, value, step)
+                waited, mark, loss_sum = 0.0, now, 0.0
+
+            if step % cfg.eval_every == 0 or step == cfg.max_steps:
+                accuracy, val_loss = validate(model, val, cfg, device, dtype)
+                probe = data.batch(0, min(8, cfg.batch_size))
+                with torch.no_grad():
+                    _, attn = model(probe.images.to(device), probe.tokens.to(device), return_attn=True)
+                entropy = attention_entropy(attn["cross"]).item()
+                print(f"--- step {step}: val balanced accuracy {100 * accuracy:.2f}%, answer loss {val_loss:.4f} "
+                      f"(guessing: 0.693), cross-attention entropy {entropy:.2f} of {math.log(attn['cross'].shape[-1]):.2f}, "
+                      f"{time.time() - start:.0f} s", flush=True)
+                log.writerow([step] + [""] * 6 + [f"{accuracy:.6f}", f"{val_loss:.6f}", f"{entropy:.4f}",
+                                                  f"{time.time() - start:.1f}"])
+                log_file.flush()
+                if board:
+                    board.add_scalar("val_accuracy", accuracy, step)
+                    board.add_scalar("val_loss", val_loss, step)
+                score = -1.0 if math.isnan(accuracy) else accuracy
+                since_best = 0 if score > best or best < 0 else since_best + 1
+                if since_best == 0:
+                    best = max(score, 0.0)
+                    checkpoint(out / "best.pt")
+                if cfg.save_top > 1:
+                    top = sorted(top + [[score, step]], reverse=True)
+                    checkpoint(out / f"best-{step}.pt")
+                    for _, old in top[cfg.save_top:]:
+                        (out / f"best-{old}.pt").unlink(missing_ok=True)
+                    top = top[:cfg.save_top]
+                checkpoint(out / "last.pt")
+                mark = time.time()
+                if cfg.early_stopping and since_best >= cfg.early_stopping:
+                    print(f"stopping: no better validation in {since_best} looks")
+                    break
+    except KeyboardInterrupt:
+        checkpoint(out / "last.pt")
+        print(f"\nstopped at step {step}, saved {out / 'last.pt'}; go on with the same command and --resume=True")
+        raise
+    finally:
+        batches.close()
+        log_file.close()
+        if board:
+            board.close()
+
+    model.load_state_dict(load_checkpoint(out / "best.pt", device)["model"])
+    test = Data(cfg, meta, "test")
+    rows, odds = predict(model, test, cfg, device, dtype)
+    truth, items = test.index[rows, 3], prepare.read_items(cfg.data_dir, "test")
+    families = {}
+    for family in sorted({items[r]["family"] for r in rows}):
+        mine = np.array([items[r]["family"] == family for r in rows])
+        families[family] = balanced_accuracy(truth[mine], odds[mine])
+    result = dict(test_accuracy=balanced_accuracy(truth, odds), **{f"test_{k}": v for k, v in families.items()},
+                  val_accuracy=best, parameters=parameters, steps=step, seed=cfg.seed, seconds=round(time.time() - start, 1))
+    print("---")
+    for name, value in result.items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    (out / "train.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    config.run(train, __doc__)
