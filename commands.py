@@ -163,10 +163,11 @@ def light_words(view):
     return "no light is in view" if view.light == "none" else f"the light is {view.light}"
 
 
-def describe(view, limit):
-    """The scene in words: up to `limit` certain objects, nearest first."""
-    seen = [o for o in view.objects if o.seen == YES][:limit]
-    return " , ".join(f"{article(noun_of(o))} {whereabouts(o)}" for o in seen) or "nothing in view"
+def describe(view, limit, place=None):
+    """The scene, or what is at `place`, in words: up to `limit` certain objects, nearest first."""
+    seen = [o for o in view.objects if o.seen == YES and place in (None, o.place)][:limit]
+    return " , ".join(f"{article(noun_of(o))} {whereabouts(o)}" for o in seen) or \
+        f"nothing {AT.get(place, 'in view')}"
 
 
 # ---- questions ----
@@ -235,6 +236,8 @@ DESCRIBE = ("describe the scene", "describe what you see", "what is in the scene
             "tell me what is in the picture", "list all objects around us", "what does the picture show",
             "which things are in front of the camera", "give a short description of the street",
             "what can be seen from the car", "explain what happens on the road", "tell me what you see")
+DESCRIBE_AT = ("what is {at}", "what do you see {at}", "tell me what is {at}", "describe what is {at}",
+               "which things are {at}", "{at} , what do you see", "list all objects {at}", "what can be seen {at}")
 # Never asked in training (and pairs that a flip would turn into one another go together). Reasons and descriptions
 # may still mention them: what is held out is the question.
 HELD_OUT = {("exists_at", "bus", "left"), ("exists_at", "bus", "right"), ("exists_at", "motorcycle", "ahead"),
@@ -368,7 +371,7 @@ def truths(view):
 
 def vocabulary():
     """Every word that a command, a reason or a description can hold, sorted."""
-    texts = [form for t in TEMPLATES.values() for form in t.paraphrases] + list(DESCRIBE)
+    texts = [form for t in TEMPLATES.values() for form in t.paraphrases] + list(DESCRIBE + DESCRIBE_AT)
     for group in (NOUNS, COLOUR_WORDS, PLACE_WORDS):
         texts += [word for words in group.values() for word in words]
     texts += list(SIDE.values()) + list(COLOURS) + list(PLACES)
@@ -381,7 +384,7 @@ def vocabulary():
 _NOUN = "|".join(sorted({NOUNS[c][0] for c in CATEGORIES} | set(LIGHTS), key=len, reverse=True))
 _WHERE = r"(?: (near|far))?(?: (on the left|ahead|on the right|in view))?"
 _CLAUSE = re.compile(rf"(?:an?|(no)) ({_NOUN}|light)(?: is)?{_WHERE}|(one) is{_WHERE}")
-_NOTHING = re.compile(r"nothing(?: is)? (?:in view|near ((?:on the left|ahead|on the right)"
+_NOTHING = re.compile(r"nothing(?: is)? (?:in view|(on the left|ahead|on the right)|near ((?:on the left|ahead|on the right)"
                       r"(?: or (?:on the left|ahead|on the right))*))")
 _LIGHT = re.compile(r"the light is (red|yellow|green)")
 _CATEGORY = {NOUNS[c][0]: c for c in CATEGORIES}
@@ -399,11 +402,11 @@ def check_reason(reason, view):
         if light:
             truth = view.shows(light.group(1))
         elif nothing:
-            places = nothing.group(1)
+            place, places = nothing.groups()
             if places:
                 truth = min(2 - view.exists(None, _PLACE[p], near=True) for p in places.split(" or "))
             else:
-                truth = 2 - max((o.seen for o in view.objects), default=NO)
+                truth = 2 - max((o.seen for o in view.objects if place is None or o.place == _PLACE[place]), default=NO)
         elif claim:
             no, noun, near, where, one, near_one, where_one = claim.groups()
             if one and subject is None:
@@ -482,9 +485,13 @@ def make_item(picture, question, view, rng, paraphrase=None):
                 reason=question.reason(view))
 
 
-def describe_item(picture, view, rng, cfg):
-    return dict(picture=int(picture), template="describe", first="", second="", family="describe", level="describe",
-                place="", command=rng.choice(DESCRIBE[:-1]), answer=None, reason=describe(view, cfg.max_describe))
+def describe_item(picture, view, rng, cfg, place=""):
+    """"describe the scene", or what is at `place`, as a finished command; it has no verdict."""
+    form = rng.choice((DESCRIBE_AT if place else DESCRIBE)[:-1])
+    return dict(picture=int(picture), template="describe_at" if place else "describe", first=place, second="",
+                family="describe", level="describe", place=place,
+                command=form.format(at=rng.choice(PLACE_WORDS.get(place, ("",)))), answer=None,
+                reason=describe(view, cfg.max_describe, place or None))
 
 
 def main(cfg):

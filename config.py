@@ -48,8 +48,8 @@ place_margin = 0.03           # a box centre this close to a border between thir
 near_line = 0.72              # near: lower edge of the box below this share of the height
 near_height = 0.20            # near, for what hangs high (lights, signs): box higher than this share of the height
 near_margin = 0.03            # an edge or height this close to those numbers is ambiguous
-commands_stored = 20          # questions kept for each picture, half of them YES, "describe the scene" not counted
-max_describe = 4              # objects that "describe the scene" lists, nearest first
+commands_stored = 20          # questions kept for each picture, half of them YES, descriptions not counted
+max_describe = 4              # objects that a description lists, nearest first
 min_cell = 4                  # YES and NO each that a question kind needs in a split; rarer kinds are dropped, and said
 
 # ---- model: sizes; the default is for a CPU ----
@@ -76,7 +76,8 @@ attention = "auto"            # auto (by hand on CPU, fast elsewhere), hand, fas
 # ---- training ----
 batch_size = 32               # images a micro-step
 grad_accum = 1                # micro-steps an update; the effective batch is batch_size * grad_accum images
-commands_per_image = 8        # commands a step for each image, one of them "describe the scene"
+commands_per_image = 8        # commands a step for each image, descriptions included
+descriptions_per_image = 2    # of them descriptions: of the scene, the left, the way ahead or the right
 max_steps = 2000              # updates
 lr = 2e-3                     # peak learning rate of the decoder
 lr_projection = 2e-3          # of the vision-to-language projection
@@ -213,6 +214,9 @@ def check(cfg):
     for name in ["dropout", "label_smoothing", "flip", "crop", "jitter", "beta1", "beta2"]:
         need(0 <= getattr(cfg, name) < 1 or (name == "flip" and cfg.flip == 1),
              f"{name} must be at least 0 and below 1, got {getattr(cfg, name)}")
+    need(0 <= cfg.descriptions_per_image <= cfg.commands_per_image,
+         f"descriptions_per_image={cfg.descriptions_per_image} must lie between 0 and "
+         f"commands_per_image={cfg.commands_per_image}")
     for name in ["workers", "num_ood_scenes", "warmup_steps", "weight_decay", "grad_clip", "min_lr", "eval_items"]:
         need(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
     return cfg

@@ -916,7 +916,7 @@ def make_items(rows, frames, table, cfg, name, shares=None, paraphrase=None, des
         view = View(frames[row], cfg)
         items += [commands.make_item(row, q, view, rng, paraphrase) for q in per_row.get(i, [])]
         if describe:
-            items.append(commands.describe_item(row, view, rng, cfg))
+            items += [commands.describe_item(row, view, rng, cfg, place) for place in ("", *commands.PLACES)]
     return items
 
 

@@ -90,12 +90,11 @@ class Data:
             picture = self.images[self.pictures[k]]
             items = np.arange(self.starts[k], self.ends[k])
             asked, described = items[self.index[items, 3] >= 0], items[self.index[items, 3] < 0]
-            wanted = cfg.commands_per_image - min(1, len(described))
-            if len(asked):
-                asked = rng.choice(asked, wanted, replace=len(asked) < wanted)
-            else:
-                asked = np.repeat(described, wanted)
-            chosen = np.concatenate((described[:1], asked))
+            described = rng.permutation(described)[:cfg.descriptions_per_image]
+            wanted = cfg.commands_per_image - len(described)
+            asked = asked if len(asked) else described
+            asked = rng.choice(asked, wanted, replace=len(asked) < wanted)
+            chosen = np.concatenate((described, asked))
             chosen = chosen[np.argsort(-self.index[chosen, 2], kind="stable")]    # longest first, see batch_loss
             if cfg.crop:
                 picture = self._crop(picture, chosen, rng)
