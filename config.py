@@ -55,7 +55,7 @@ min_cell = 4                  # YES and NO each that a question kind needs in a 
 # ---- model: sizes; the default is for a CPU ----
 patch_size = 16               # side of a patch in pixels; image_size / patch_size squared is the number of patches
 stem = "conv"                 # conv (stride-2 3x3 convolutions, learns faster) or patch (kernel = stride = patch)
-stem_width = 48               # channels of the first convolution of the conv stem, doubled at each stride
+stem_width = 32               # channels of the first convolution of the conv stem, doubled at each stride
 vision_dim = 128              # width of the vision encoder
 vision_layers = 4             # its depth
 vision_heads = 4              # its heads; below 32 dimensions a head, training from scratch suffers
@@ -74,11 +74,13 @@ dropout = 0.0                 # on attention weights and after FFNs
 attention = "auto"            # auto (by hand on CPU, fast elsewhere), hand, fast
 
 # ---- training ----
-batch_size = 32               # images a micro-step
+batch_size = 16               # images a micro-step
 grad_accum = 1                # micro-steps an update; the effective batch is batch_size * grad_accum images
 commands_per_image = 8        # commands a step for each image, descriptions included
 descriptions_per_image = 2    # of them descriptions: of the scene, the left, the way ahead or the right
-max_steps = 2000              # updates
+max_steps = 3500              # updates
+see_steps = 1500              # of them first for the vision encoder alone, from the words of descriptions; cheap
+tag_weight = 1.0              # weight of that loss, in both stages; 0 = train on text alone, from the start
 lr = 2e-3                     # peak learning rate of the decoder
 lr_projection = 2e-3          # of the vision-to-language projection
 lr_vision = 2e-3              # of the vision encoder; lower it when it starts from trained weights

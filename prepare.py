@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import random
+import struct
 import sys
 import time
 from collections import Counter
@@ -717,7 +718,7 @@ def load_picture(path, size=None):
             return image.resize((size, size), Image.BICUBIC, reducing_gap=2.0) if size else image
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read {path} as a picture: {error}") from None
 
 

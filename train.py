@@ -46,10 +46,23 @@ RESUMABLE = {"resume", "device", "dtype", "workers", "prefetch", "log_every", "e
 
 @dataclasses.dataclass
 class Batch:
-    """images (B, 3, S, S) float32 normalised; tokens and targets (B, K, T) int64, targets -100 where not learned."""
+    """images (B, 3, S, S) float32 normalised; tokens and targets (B, K, T) int64, targets -100 where not learned;
+    tags (B, 4, W) float32: which of TAGS the descriptions of the scene, the left, the way ahead and the right name."""
     images: torch.Tensor
     tokens: torch.Tensor
     targets: torch.Tensor
+    tags: torch.Tensor
+
+
+def normalise(pictures, mean, std):
+    """uint8 (B, S, S, 3) to float32 (B, 3, S, S), by the channel mean and std of the training pictures."""
+    scale = 1 / (255 * np.float32(std))
+    scaled = np.asarray(pictures).astype(np.float32) * scale - np.float32(mean) / np.float32(std)
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+# Words of a description that say what is seen, for the first stage of training (WordTagger).
+TAGS = sorted({commands.NOUNS[c][0].split()[-1] for c in commands.CATEGORIES} | set(commands.COLOURS) | {"near", "far"})
 
 
 class Data:
@@ -65,59 +78,61 @@ class Data:
         self.tokens = np.load(root / f"tokens_{name}.npy", mmap_mode="r")         # (n, longest) uint16
         self.index = np.load(root / f"index_{name}.npy")
         self.tokenizer = Tokenizer(json.loads((root / "vocab.json").read_text(encoding="utf-8")))
-        self.mean, self.std = np.float32(meta["mean"]), np.float32(meta["std"])
+        self.mean, self.std = meta["mean"], meta["std"]
         self.pictures, self.starts = np.unique(self.index[:, 0], return_index=True)
         self.ends = np.append(self.starts[1:], len(self.index))                   # items of a picture are neighbours
         ids = self.tokenizer.ids
         self.mirror = np.arange(len(self.tokenizer))
         self.mirror[[ids["left"], ids["right"]]] = ids["right"], ids["left"]
+        self.tag = np.full(len(self.tokenizer), -1)
+        self.tag[[ids[word] for word in TAGS]] = range(len(TAGS))
         if cfg.crop:                                                              # a crop asks the rules again
             with open(root / "frames.jsonl", encoding="utf-8") as file:
                 self.frames = [json.loads(line) for line in file]
             self.items = prepare.read_items(root, name)
 
-    def normalise(self, pictures):
-        """uint8 (B, S, S, 3) to float32 tensor (B, 3, S, S) with the data's channel mean and std."""
-        scaled = (np.asarray(pictures, dtype=np.float32) / 255 - self.mean) / self.std
-        return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
-
     def batch(self, position, size):
         """The training batch of `size` pictures from global picture counter `position` on."""
-        cfg, n, rows, pictures, gains = self.cfg, len(self.pictures), [], [], []
+        cfg, n, rows, pictures, gains, tags = self.cfg, len(self.pictures), [], [], [], []
         for p in range(position, position + size):
             order = np.random.default_rng([cfg.seed, p // n]).permutation(n) if p % n == 0 or p == position else order
             rng, k = np.random.default_rng([cfg.seed, 1, p]), order[p % n]
             picture = self.images[self.pictures[k]]
             items = np.arange(self.starts[k], self.ends[k])
-            asked, described = items[self.index[items, 3] >= 0], items[self.index[items, 3] < 0]
-            described = rng.permutation(described)[:cfg.descriptions_per_image]
+            asked, descriptions = items[self.index[items, 3] >= 0], items[self.index[items, 3] < 0]
+            described = rng.permutation(descriptions)[:cfg.descriptions_per_image]
             wanted = cfg.commands_per_image - len(described)
-            asked = asked if len(asked) else described
+            asked = asked if len(asked) else descriptions
             asked = rng.choice(asked, wanted, replace=len(asked) < wanted)
             chosen = np.concatenate((described, asked))
+            tag = np.zeros((len(descriptions), len(TAGS)), np.float32)
+            for row, item in zip(tag, descriptions):
+                named = self.tag[self.tokens[item, self.index[item, 1]:self.index[item, 2]]]
+                row[named[named >= 0]] = 1
             chosen = chosen[np.argsort(-self.index[chosen, 2], kind="stable")]    # longest first, see batch_loss
             if cfg.crop:
-                picture = self._crop(picture, chosen, rng)
+                picture = self._crop(picture, np.concatenate((chosen, descriptions)), rng)
             tokens = self.tokens[chosen]
             if rng.random() < cfg.flip:
-                picture, tokens = picture[:, ::-1], self.mirror[tokens]
+                picture, tokens, tag = picture[:, ::-1], self.mirror[tokens], tag[[0, 3, 2, 1]]
             gains.append(1 + cfg.jitter * rng.uniform(-1, 1, 2))
             pictures.append(picture)
             rows.append((chosen, tokens))
-        images = self.normalise(pictures)
-        if cfg.jitter:
-            contrast, light = torch.tensor(np.array(gains), dtype=torch.float32).T[:, :, None, None, None]
-            images = images * contrast + (light - 1) * 2
+            tags.append(tag)
+        # numpy only, since this runs in the prefetching thread: a torch operation there would start a second pool of
+        # OpenMP threads, and the two pools together halve the speed of a CPU.
+        images = normalise(pictures, self.mean, self.std)
+        contrast, light = np.float32(gains).T[:, :, None, None, None]
+        images = images * contrast + (light - 1) * 2 if cfg.jitter else images
         chosen = np.stack([c for c, _ in rows])                                   # (B, K)
         longest = self.index[chosen, 2].max()
-        tokens = torch.from_numpy(np.stack([t[:, :longest] for _, t in rows]).astype(np.int64))
-        prompt = torch.from_numpy(self.index[chosen, 1])[..., None]
+        tokens = np.stack([t[:, :longest] for _, t in rows]).astype(np.int64)
         # The target of a token is the next one; prompts and padding teach nothing. The last prompt token, `?`, answers.
-        targets = torch.full_like(tokens, IGNORE)
+        targets = np.full_like(tokens, IGNORE)
         following = tokens[..., 1:]
-        learned = (torch.arange(1, longest) >= prompt) & (following != PAD)
-        targets[..., :-1] = torch.where(learned, following, IGNORE)
-        return Batch(images, tokens, targets)
+        learned = (np.arange(1, longest) >= self.index[chosen, 1][..., None]) & (following != PAD)
+        targets[..., :-1] = np.where(learned, following, IGNORE)
+        return Batch(*map(torch.from_numpy, (images, tokens, targets, np.stack(tags))))
 
     def _crop(self, picture, chosen, rng):
         """A random crop of `picture`, resized back, if every chosen command keeps its answer, reason and description."""
@@ -134,7 +149,7 @@ class Data:
         view = commands.View(dict(frame, labels=labels), cfg)
         for item in (self.items[i] for i in chosen):
             if item["answer"] is None:
-                same = commands.describe(view, cfg.max_describe) == item["reason"]
+                same = commands.describe(view, cfg.max_describe, item["place"] or None) == item["reason"]
             else:
                 question = commands.Question(item["template"], item["first"], item["second"])
                 same = question.truth(view) == (commands.YES if item["answer"] else commands.NO) \
@@ -202,14 +217,44 @@ def attention_entropy(weights):
     return torch.special.entr(weights.float()).sum(-1).mean()
 
 
-def batch_loss(model, batch, cfg, total_weight):
-    """Loss of a micro-batch as its share of an update: token losses / total_weight of the whole update, plus extras."""
-    vision = model.encode(batch.images)
+class WordTagger(torch.nn.Module):
+    """Which of TAGS stand in each of the four descriptions of a picture, read off its patches; used in training only.
+
+    A query for each description and word attends to the patches (one head); a linear unit reads the answer. The first
+    stage trains the encoder by it, without the decoder and so several times faster: descriptions as labels, after
+    SuperClass (Huang et al. 2024, arXiv:2411.03313). It sees no boxes, so attention is not supervised.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.query = torch.nn.Parameter(torch.randn(4, len(TAGS), dim))
+        self.key, self.value = torch.nn.Linear(dim, dim), torch.nn.Linear(dim, dim)
+        self.weight = torch.nn.Parameter(torch.randn(4, len(TAGS), dim) * dim ** -0.5)
+        self.bias = torch.nn.Parameter(torch.zeros(4, len(TAGS)))
+
+    def forward(self, patches):
+        """patches (B, P, D) to logits (B, 4, W)."""
+        scores = self.query.flatten(0, 1) @ self.key(patches).transpose(1, 2) * patches.shape[-1] ** -0.5  # (B, 4W, P)
+        found = scores.softmax(-1) @ self.value(patches)                                                  # (B, 4W, D)
+        return (found * self.weight.flatten(0, 1)).sum(-1).unflatten(1, self.bias.shape) + self.bias
+
+
+def batch_loss(model, tagger, batch, cfg, total_weight, read=True):
+    """Loss of a micro-batch as its share of an update: token losses / total_weight of the whole update, plus extras.
+
+    read: False in the first stage, when only the encoder learns, from the tagger.
+    """
+    vision, loss = model.encode(batch.images), 0.0
+    if tagger is not None:
+        weight = cfg.tag_weight / cfg.grad_accum
+        loss = weight * F.binary_cross_entropy_with_logits(tagger(vision).float(), batch.tags)
+    if not read:
+        return loss
     loss_fn = lambda logits, targets: token_loss(logits, targets, cfg) / total_weight     # noqa: E731
     # Rows come longest first for each picture. Decoding the long quarter apart from the short rest saves a third of the
     # decoder's work, which padding to the one longest text would waste.
     K = batch.tokens.shape[1]
-    cuts, loss = sorted({0, K // 4, K}), 0.0
+    cuts = sorted({0, K // 4, K})
     for first, last in zip(cuts, cuts[1:]):
         tokens, targets = batch.tokens[:, first:last], batch.targets[:, first:last]
         T = int((tokens != PAD).sum(-1).max())
@@ -228,10 +273,12 @@ def batch_loss(model, batch, cfg, total_weight):
 
 # ---- optimizer and schedule ----
 
-def make_optimizer(model, cfg, device):
+def make_optimizer(model, tagger, cfg, device):
     """AdamW with a learning rate for each part and weight decay on matrices only."""
-    rates, groups = {"vision": cfg.lr_vision, "projection": cfg.lr_projection, "decoder": cfg.lr, "contrast": cfg.lr}, {}
-    for name, p in model.named_parameters():
+    rates, groups = {"vision": cfg.lr_vision, "projection": cfg.lr_projection, "decoder": cfg.lr, "contrast": cfg.lr,
+                     "tagger": cfg.lr_vision}, {}
+    named = list(model.named_parameters()) + [(f"tagger.{n}", p) for n, p in (tagger.named_parameters() if tagger else ())]
+    for name, p in named:
         part = name.split(".")[0]
         decays = p.ndim >= 2 and not any(word in name for word in ("embedding", "positions"))
         groups.setdefault((part, decays), []).append(p)
@@ -298,7 +345,8 @@ def predict(model, data, cfg, device, dtype, picture="right", limit=0):
     found, odds = [], []
     for start in range(0, len(groups), cfg.eval_batch):
         part = groups[start:start + cfg.eval_batch]
-        images = data.normalise(data.images[np.array(shown[start:start + cfg.eval_batch])])
+        images = data.images[np.array(shown[start:start + cfg.eval_batch])]
+        images = torch.from_numpy(normalise(images, data.mean, data.std))
         images = torch.zeros_like(images) if picture == "blank" else images
         K, T = max(map(len, part)), max(data.index[g, 1].max() for g in part)
         tokens = np.zeros((len(part), K, T), np.int64)
@@ -410,7 +458,8 @@ def train(cfg):
     if not len(data.pictures):
         raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
     model = VLM(cfg, len(data.tokenizer)).to(device)
-    optimizer = make_optimizer(model, cfg, device)
+    tagger = WordTagger(cfg.text_dim).to(device) if cfg.tag_weight else None
+    optimizer = make_optimizer(model, tagger, cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, since_best, top = 0, -1.0, 0, []
     if cfg.resume:
@@ -420,6 +469,8 @@ def train(cfg):
             raise UserError("resuming with other settings would train something else: " + ", ".join(
                 f"{k} was {state['config'][k]!r}, now {getattr(cfg, k)!r}" for k in changed))
         model.load_state_dict(state["model"])
+        if tagger is not None:
+            tagger.load_state_dict(state["tagger"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"].cpu())
@@ -432,7 +483,7 @@ def train(cfg):
 
     def checkpoint(path):
         save_checkpoint(path, dict(
-            format=FORMAT, model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            format=FORMAT, model=model.state_dict(), tagger=tagger and tagger.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
             step=step, best=best, since_best=since_best, top=top, rng=torch.get_rng_state(), config=vars(cfg),
             words=data.tokenizer.words[6:], mean=meta["mean"], std=meta["std"], data_hash=meta["hash"]))
 
@@ -465,6 +516,7 @@ def train(cfg):
                 frozen = freeze
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_scale(step, cfg)
+            read = step >= cfg.see_steps or tagger is None
 
             before = time.time()
             micros = next(batches)
@@ -473,14 +525,14 @@ def train(cfg):
             total = sum(token_weights(m.targets[m.targets >= 0], cfg).sum().item() for m in micros)
             loss = 0.0
             for micro in micros:
-                micro = Batch(*(t.to(device, non_blocking=True) for t in (micro.images, micro.tokens, micro.targets)))
+                micro = Batch(**{k: t.to(device, non_blocking=True) for k, t in vars(micro).items()})
                 with autocast(dtype, device):
-                    share = batch_loss(model, micro, cfg, total)
+                    share = batch_loss(model, tagger, micro, cfg, total, read)
                 scaler.scale(share).backward()
                 loss += share.item()
             scaler.unscale_(optimizer)
             limit = cfg.grad_clip or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+            norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], limit).item()
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {step} (gradient norm {norm}): nothing was updated. "
                                 f"Lower lr, or try --dtype=float32; {out / 'last.pt'} holds the last good state")
@@ -503,7 +555,7 @@ def train(cfg):
                         board.add_scalar(name, value, step)
                 waited, mark, loss_sum = 0.0, now, 0.0
 
-            if step % cfg.eval_every == 0 or step == cfg.max_steps:
+            if read and step % cfg.eval_every == 0 or step == cfg.max_steps:
                 accuracy, val_loss = validate(model, val, cfg, device, dtype)
                 probe = data.batch(0, min(8, cfg.batch_size))
                 with torch.no_grad():
