@@ -42,8 +42,8 @@ SIDE = {"left": "left", "ahead": "way ahead", "right": "right"}
 
 # ---- the view: what is seen, where, how near ----
 
-Seen = namedtuple("Seen", "category seen place near closeness colour label")
-# seen: YES or MAYBE; place: left/ahead/right or None when its centre is at a border; near: truth;
+Seen = namedtuple("Seen", "category seen place places near closeness colour label")
+# seen: YES or MAYBE; place: left/ahead/right, None when its centre is at a border; places: where it may be; near: truth;
 # closeness: over 1 is near, larger is nearer; label: index of the label in the frame
 
 
@@ -51,7 +51,7 @@ def visible_shares(boxes, categories, size, grid=64):
     """Share of each box that no nearer box covers, painting far to near on a coarse grid.
 
     boxes: (n, 4) array x1 y1 x2 y2 in pixels of a `size` picture. Nearer is who stands lower in the picture; lights
-    and signs hang above the road and neither cover nor are painted over by what is farther. Returns (n,) in [0, 1].
+    and signs hang, so their lower edge says nothing: they count as farthest. Returns (n,) in [0, 1].
     """
     owner = np.full((grid, grid), -1)
     cells = np.clip(np.rint(np.asarray(boxes) * grid / size), 0, grid).astype(int)
@@ -80,16 +80,17 @@ class View:
         for (index, label), (x1, y1, x2, y2), share in zip(kept, boxes, shares):
             big = min(x2 - x1, y2 - y1) >= cfg.min_pixels
             centre = (x1 + x2) / 2 / size
-            to_border = min(abs(centre - 1 / 3), abs(centre - 2 / 3))
-            place = None if to_border < cfg.place_margin else PLACES[int(centre > 1 / 3) + int(centre > 2 / 3)]
+            third = [int(x > 1 / 3) + int(x > 2 / 3) for x in (centre - cfg.place_margin, centre + cfg.place_margin)]
+            places = PLACES[third[0]:third[1] + 1]
+            place = places[0] if len(places) == 1 else None
             if label["category"] in HANGING:
                 measure, line = (y2 - y1) / size, cfg.near_height
             else:
                 measure, line = y2 / size, cfg.near_line
             near = MAYBE if abs(measure - line) < cfg.near_margin else (YES if measure > line else NO)
             colour = label.get("attributes", {}).get("trafficLightColor", "none")
-            self.objects.append(Seen(label["category"], YES if big and share >= cfg.min_visible else MAYBE, place, near,
-                                     measure / line, colour, index))
+            self.objects.append(Seen(label["category"], YES if big and share >= cfg.min_visible else MAYBE, place, places,
+                                     near, measure / line, colour, index))
         self.objects.sort(key=lambda o: -o.closeness)
         self.light = self._light()
 
@@ -111,7 +112,7 @@ class View:
         found = []
         for o in self.objects:
             if o.category == category or (category is None and o.category in ROAD_USERS):
-                at = YES if place is None or o.place == place else (MAYBE if o.place is None else NO)
+                at = YES if place in (None, o.place) else MAYBE if place in o.places else NO
                 by = YES if near is None else (o.near if near else 2 - o.near)
                 truth = min(o.seen, at, by)
                 if truth > NO:
@@ -164,7 +165,10 @@ def light_words(view):
 
 
 def describe(view, limit, place=None):
-    """The scene, or what is at `place`, in words: up to `limit` certain objects, nearest first."""
+    """The scene, or what is at `place`, in words: up to `limit` certain objects, nearest first.
+
+    "nothing" means nothing that certainly counts, by the same rules.
+    """
     seen = [o for o in view.objects if o.seen == YES and place in (None, o.place)][:limit]
     return " , ".join(f"{article(noun_of(o))} {whereabouts(o)}" for o in seen) or \
         f"nothing {AT.get(place, 'in view')}"
@@ -406,7 +410,8 @@ def check_reason(reason, view):
             if places:
                 truth = min(2 - view.exists(None, _PLACE[p], near=True) for p in places.split(" or "))
             else:
-                truth = 2 - max((o.seen for o in view.objects if place is None or o.place == _PLACE[place]), default=NO)
+                there = [o for o in view.objects if o.seen == YES and place in (None, AT.get(o.place))]
+                truth = NO if there else YES
         elif claim:
             no, noun, near, where, one, near_one, where_one = claim.groups()
             if one and subject is None:

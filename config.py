@@ -13,6 +13,7 @@ import ast
 import difflib
 import hashlib
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -210,16 +211,21 @@ def check(cfg):
     positive = ["image_size", "num_scenes", "vision_dim", "vision_layers", "text_dim", "text_layers", "text_heads",
                 "vision_ffn_dim", "text_ffn_dim", "batch_size", "grad_accum", "commands_per_image", "max_steps",
                 "eval_every", "log_every", "eval_batch", "max_text", "commands_stored", "beam", "max_new_tokens",
-                "lr", "rope_theta", "text_head_dim", "stem_width", "bootstrap", "save_top", "prefetch"]
+                "lr", "lr_vision", "lr_projection", "eps", "rope_theta", "text_head_dim", "stem_width", "bootstrap",
+                "save_top", "prefetch", "max_describe", "answer_weight", "yes_weight", "min_cell"]
     for name in positive:
-        need(getattr(cfg, name) > 0, f"{name} must be above 0, got {getattr(cfg, name)}")
+        need(0 < getattr(cfg, name) < math.inf, f"{name} must be above 0 and finite, got {getattr(cfg, name)}")
+    need(cfg.commands_stored >= 2, f"commands_stored must be at least 2, one YES and one NO, got {cfg.commands_stored}")
+    need(cfg.freeze_vision_steps >= -1, f"freeze_vision_steps must be -1, 0 or more, got {cfg.freeze_vision_steps}")
     for name in ["dropout", "label_smoothing", "flip", "crop", "jitter", "beta1", "beta2"]:
         need(0 <= getattr(cfg, name) < 1 or (name == "flip" and cfg.flip == 1),
              f"{name} must be at least 0 and below 1, got {getattr(cfg, name)}")
     need(0 <= cfg.descriptions_per_image <= cfg.commands_per_image,
          f"descriptions_per_image={cfg.descriptions_per_image} must lie between 0 and "
          f"commands_per_image={cfg.commands_per_image}")
-    for name in ["workers", "num_ood_scenes", "warmup_steps", "weight_decay", "grad_clip", "min_lr", "eval_items"]:
+    for name in ["workers", "num_ood_scenes", "warmup_steps", "weight_decay", "grad_clip", "min_lr", "eval_items", "seed",
+                 "scene_seed", "see_steps", "tag_weight", "focal_gamma", "entropy_weight", "contrast_weight",
+                 "max_complexity"]:
         need(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
     return cfg
 

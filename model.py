@@ -554,7 +554,7 @@ def parameter_stats(model):
 
 
 def forward_flops(model, commands, length):
-    """FLOPs of one picture with `commands` texts of `length` tokens, forward only; a training step takes 3 times as many."""
+    """FLOPs of one picture with `commands` texts of `length` tokens, forward; a training step takes 3 times as many."""
     from torch.utils.flop_counter import FlopCounterMode
     device, size = model.decoder.embedding.weight.device, model.cfg.image_size
     tokens = torch.ones(1, commands, length, dtype=torch.long, device=device)

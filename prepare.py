@@ -12,12 +12,14 @@
 Units: metres for the scene (x right, y up, z ahead of the camera), pixels for boxes.
 """
 import contextlib
+import csv
 import hashlib
 import json
 import math
 import multiprocessing
 import os
 import random
+import shlex
 import struct
 import sys
 import time
@@ -650,7 +652,7 @@ def stream_list(path, chunk=1 << 20):
                     try:
                         item, end = decoder.raw_decode(buffer)
                     except json.JSONDecodeError as error:
-                        if not more:
+                        if not more or len(buffer) - error.pos > max(4 * chunk, 1 << 22):
                             raise UserError(f"{path} is broken near {buffer[:40]!r}: {error.msg}") from None
                         break                          # the item goes on in the next chunk
                     if not isinstance(item, dict):
@@ -665,14 +667,22 @@ def stream_list(path, chunk=1 << 20):
         raise UserError(f"cannot read the labels {path}: {error}") from None
 
 
+def frame_attributes(raw):
+    return raw["attributes"] if isinstance(raw.get("attributes"), dict) else {}
+
+
 def clean_frame(raw, width, height, size):
     """One record of the 2018 list as ours, boxes scaled to the stored picture; also a Counter of what was dropped.
 
     raw: parsed record; width, height: of the original picture in pixels; size: side of the stored one.
     """
     labels, dropped = [], Counter()
-    for label in raw.get("labels") or []:
-        category = NAMES.get(label.get("category"), label.get("category"))
+    listed = raw.get("labels") or []
+    for label in listed if isinstance(listed, list) else [listed]:
+        if not isinstance(label, dict) or not isinstance(label.get("category"), str):
+            dropped["malformed"] += 1
+            continue
+        category = NAMES.get(label["category"], label["category"])
         box = label.get("box2d")
         if category not in commands.CATEGORIES:
             dropped[f"category '{category}'"] += 1
@@ -689,7 +699,7 @@ def clean_frame(raw, width, height, size):
         if x2 <= x1 or y2 <= y1:
             dropped["box outside the picture"] += 1
             continue
-        attributes = label.get("attributes") or {}
+        attributes = label["attributes"] if isinstance(label.get("attributes"), dict) else {}
         colour = attributes.get("trafficLightColor", "none")
         colour = colour[1] if isinstance(colour, list) and len(colour) == 2 else colour
         colour = COLOUR_NAMES.get(colour, colour) if isinstance(colour, str) else "none"
@@ -698,24 +708,26 @@ def clean_frame(raw, width, height, size):
         labels.append(dict(category=category, attributes=kept,
                            box2d={k: round(float(v), 2) for k, v in zip(("x1", "y1", "x2", "y2"), (
                                x1 * size / width, y1 * size / height, x2 * size / width, y2 * size / height))}))
-    attributes = raw.get("attributes") or {}
-    return dict(name=raw["name"], labels=labels, attributes={
+    attributes = frame_attributes(raw)
+    return dict(name=str(raw.get("name")), labels=labels, attributes={
         k: attributes.get(k) or "undefined" for k in ("weather", "timeofday", "scene")}), dropped
 
 
-def load_picture(path, size=None):
+def load_picture(path, size=None, with_size=False):
     """The picture at `path` as an upright RGB image, or a UserError that names the path.
 
-    size: decode a JPEG at about this size (draft scaling, several times faster) and resize to (size, size).
+    with_size: also return its upright (width, height) before resizing. size: decode a JPEG at about this size (draft scaling, several times faster) and resize to (size, size).
     """
     try:
         with Image.open(path) as image:
+            sides = image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
             if size:
                 image.draft("RGB", (2 * size, 2 * size))
             if image.mode.startswith("I;16"):          # 16 bit grey: Pillow's own conversion clips it to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = ImageOps.exif_transpose(image).convert("RGB")
-            return image.resize((size, size), Image.BICUBIC, reducing_gap=2.0) if size else image
+            image = image.resize((size, size), Image.BICUBIC, reducing_gap=2.0) if size else image
+            return (image, sides) if with_size else image
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}") from None
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
@@ -739,12 +751,13 @@ def bdd_frames(cfg):
 
 def keep_frame(raw, cfg):
     """Whether the filters of cfg keep a record."""
-    attributes = raw.get("attributes") or {}
+    attributes = frame_attributes(raw)
     for name in ("weather", "timeofday", "scene"):
         wished, value = [w.strip() for w in getattr(cfg, name).split(",") if w.strip()], attributes.get(name)
         if wished and (value not in wished) and not (cfg.keep_undefined and value in (None, "", "undefined")):
             return False
-    return not cfg.max_complexity or len(raw.get("labels") or []) <= cfg.max_complexity
+    labels = raw.get("labels")
+    return not cfg.max_complexity or not isinstance(labels, list) or len(labels) <= cfg.max_complexity
 
 
 # ---- splits and storage ----
@@ -765,9 +778,8 @@ def _draw_one(job):
 def _decode_one(job):
     (path, raw, folder), cfg = job
     try:
-        with contextlib.suppress(OSError), Image.open(path) as image:
-            width, height = image.size
-        picture = np.asarray(load_picture(path, cfg.image_size))
+        picture, (width, height) = load_picture(path, cfg.image_size, with_size=True)
+        picture = np.asarray(picture)
     except UserError as error:
         return None, raw, None, str(error)
     frame, dropped = clean_frame(raw, width, height, cfg.image_size)
@@ -843,8 +855,8 @@ def prepare(cfg):
     images.flush()
     del images
     _shrink(root / "images.tmp.npy", root / "images.npy", n)
-    with open(root / "rejected.csv", "w", encoding="utf-8") as file:
-        file.write("name,reason\n" + "".join(f'"{a}","{b}"\n' for a, b in rejected))
+    with open(root / "rejected.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("name", "reason"), *rejected])
     with open(root / "frames.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(f) + "\n" for f in frames)
     report = write_commands(root, frames, np.array(table), cfg)
@@ -964,7 +976,7 @@ def load_meta(cfg):
     """meta.json of data_dir, checked against cfg. Raises UserError with the command that repairs it."""
     path = Path(cfg.data_dir) / "meta.json"
     remake = "python prepare.py" + "".join(
-        f" --{k}={getattr(cfg, k)}" for k in DATA_FLAGS if getattr(cfg, k) != config.SETTINGS[k][1])
+        f" --{k}={shlex.quote(str(getattr(cfg, k)))}" for k in DATA_FLAGS if getattr(cfg, k) != config.SETTINGS[k][1])
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

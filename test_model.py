@@ -65,6 +65,18 @@ def test_shapes(change):
     assert loss.shape == () and attn["cross"].requires_grad
 
 
+@pytest.mark.parametrize("positions", ["learned", "sincos"])
+def test_patches_run_row_by_row(positions):
+    model, images = tiny(stem="patch", vision_positions=positions), pictures(1)
+    before = model.features(images)["stem"]
+    images[:, :, 8:16, 24:] += 1                          # second row, last column of the 4 x 4 patches
+    changed = (model.features(images)["stem"] - before).abs().sum(-1)[0] > 1e-3
+    assert changed.nonzero().flatten().tolist() == [7]
+    grid = model_file.sincos_2d(4, 32).view(4, 4, 2, 16)  # first half: the column, second half: the row
+    assert torch.equal(grid[0, :, 0], grid[3, :, 0]) and torch.equal(grid[:, 0, 1], grid[:, 3, 1])
+    assert torch.pdist(grid.flatten(0, 1).flatten(1)).min() > 0.1
+
+
 def test_wrong_shapes_are_named():
     model = tiny()
     with pytest.raises(ValueError, match="32, 32"):
@@ -241,8 +253,10 @@ def test_loss_equals_cross_entropy_on_all_logits():
     assert 3 < (targets >= 0).sum() < 18
     want = F.cross_entropy(model(images, tokens).flatten(0, 2), targets.flatten(), ignore_index=-100)
     close(model(images, tokens, targets), want)
-    total = model(images, tokens, targets, loss_fn=lambda logits, t: F.cross_entropy(logits, t, reduction="sum"))
-    close(total, want * (targets >= 0).sum())
+    seen = []
+    total = model(images, tokens, targets, loss_fn=lambda logits, t: seen.append(t) or logits.logsumexp(-1).sum())
+    assert torch.equal(seen[0], targets[targets >= 0]), "the loss sees learned targets only"
+    close(total, model(images, tokens).logsumexp(-1)[targets >= 0].sum())
 
 
 def test_freezing():

@@ -109,6 +109,7 @@ class Data:
             for row, item in zip(tag, descriptions):
                 named = self.tag[self.tokens[item, self.index[item, 1]:self.index[item, 2]]]
                 row[named[named >= 0]] = 1
+            tag[:1] = tag.max(0, initial=0)      # the scene's own description stops after max_describe objects
             chosen = chosen[np.argsort(-self.index[chosen, 2], kind="stable")]    # longest first, see batch_loss
             if cfg.crop:
                 picture = self._crop(picture, np.concatenate((chosen, descriptions)), rng)
@@ -506,7 +507,8 @@ def train(cfg):
                       "cross_entropy", "seconds"])
         show_example(data.batch(0, 1), data.tokenizer)
 
-    waited, computed, mark, loss_sum, frozen = 0.0, 0.0, time.time(), 0.0, None
+    # seconds since the last log line: waiting for data, in validation; since then: start, sum of losses, updates
+    waited, looked, mark, loss_sum, since, frozen = 0.0, 0.0, time.time(), 0.0, 0, None
     batches = prefetched(micro_batches, step, cfg.max_steps, cfg.prefetch)
     try:
         while step < cfg.max_steps:
@@ -533,18 +535,19 @@ def train(cfg):
             scaler.unscale_(optimizer)
             limit = cfg.grad_clip or math.inf
             norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], limit).item()
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {step} (gradient norm {norm}): nothing was updated. "
-                                f"Lower lr, or try --dtype=float32; {out / 'last.pt'} holds the last good state")
+            # float16 meets infinite gradients by design: its scaler skips the update and lowers the scale
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                raise UserError(f"the loss is {loss}, the gradient norm {norm} at step {step}: nothing was updated. "
+                                f"Lower the learning rates, or try --dtype=float32")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            step, loss_sum = step + 1, loss_sum + loss
+            step, loss_sum, since = step + 1, loss_sum + loss, since + 1
 
             if step % cfg.log_every == 0 or step == cfg.max_steps:
-                now, n = time.time(), (step - 1) % cfg.log_every + 1
-                ms = 1000 * (now - mark) / n
-                row = [step, loss_sum / n, optimizer.param_groups[-1]["lr"], norm, ms, 1000 * pairs / ms, waited / (now - mark)]
+                now = time.time()
+                ms = 1000 * (now - mark - looked) / since
+                row = [step, loss_sum / since, optimizer.param_groups[-1]["lr"], norm, ms, 1000 * pairs / ms, waited / (now - mark - looked)]
                 left = (cfg.max_steps - step) * ms / 1000
                 print(f"step {step}/{cfg.max_steps}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  "
                       f"{row[5]:.0f} pairs/s  wait {100 * row[6]:.0f}%  eta {left:.0f} s", flush=True)
@@ -553,9 +556,10 @@ def train(cfg):
                 if board:
                     for name, value in zip(("loss", "lr", "grad_norm"), row[1:]):
                         board.add_scalar(name, value, step)
-                waited, mark, loss_sum = 0.0, now, 0.0
+                waited, looked, mark, loss_sum, since = 0.0, 0.0, now, 0.0, 0
 
             if read and step % cfg.eval_every == 0 or step == cfg.max_steps:
+                before = time.time()
                 accuracy, val_loss = validate(model, val, cfg, device, dtype)
                 probe = data.batch(0, min(8, cfg.batch_size))
                 with torch.no_grad():
@@ -582,7 +586,7 @@ def train(cfg):
                         (out / f"best-{old}.pt").unlink(missing_ok=True)
                     top = top[:cfg.save_top]
                 checkpoint(out / "last.pt")
-                mark = time.time()
+                looked += time.time() - before
                 if cfg.early_stopping and since_best >= cfg.early_stopping:
                     print(f"stopping: no better validation in {since_best} looks")
                     break
