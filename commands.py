@@ -50,19 +50,20 @@ Seen = namedtuple("Seen", "category seen place places near closeness colour labe
 def visible_shares(boxes, categories, size, grid=64):
     """Share of each box that no nearer box covers, painting far to near on a coarse grid.
 
-    boxes: (n, 4) array x1 y1 x2 y2 in pixels of a `size` picture. Nearer is who stands lower in the picture; lights
-    and signs hang, so their lower edge says nothing: they count as farthest. Returns (n,) in [0, 1].
+    boxes: n times (x1, y1, x2, y2) in pixels of a `size` picture. Nearer is who stands lower in the picture; lights
+    and signs hang, so their lower edge says nothing: they count as farthest. Returns n numbers in [0, 1].
     """
-    owner = np.full((grid, grid), -1)
-    cells = np.clip(np.rint(np.asarray(boxes) * grid / size), 0, grid).astype(int)
-    cells[:, 2:] = np.maximum(cells[:, 2:], cells[:, :2] + 1)
+    owner, cells = np.zeros((grid, grid), np.uint16), []
+    for box in boxes:              # plain numbers: numpy is slower on four of them, and twins ask this a lot
+        x1, y1, x2, y2 = (min(max(round(float(v) * grid / size), 0), grid) for v in box)
+        x1, y1 = min(x1, grid - 1), min(y1, grid - 1)
+        cells.append((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
     lower_edge = [-1 if category in HANGING else box[3] for box, category in zip(boxes, categories)]
-    for i in np.argsort(lower_edge, kind="stable"):
+    for i in sorted(range(len(cells)), key=lower_edge.__getitem__):
         x1, y1, x2, y2 = cells[i]
-        owner[y1:y2, x1:x2] = i
-    counts = np.bincount(owner.ravel() + 1, minlength=len(boxes) + 1)[1:]
-    area = (cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1])
-    return counts / area
+        owner[y1:y2, x1:x2] = i + 1
+    counts = np.bincount(owner.ravel(), minlength=len(cells) + 1)[1:].tolist()
+    return [n / ((x2 - x1) * (y2 - y1)) for n, (x1, y1, x2, y2) in zip(counts, cells)]
 
 
 class View:
@@ -75,8 +76,8 @@ class View:
     def __init__(self, frame, cfg):
         size, self.objects = cfg.image_size, []
         kept = [(i, lab) for i, lab in enumerate(frame["labels"]) if lab["category"] in CATEGORIES]
-        boxes = np.array([[lab["box2d"][k] for k in ("x1", "y1", "x2", "y2")] for _, lab in kept]).reshape(-1, 4)
-        shares = visible_shares(boxes, [lab["category"] for _, lab in kept], size) if kept else []
+        boxes = [[lab["box2d"][k] for k in ("x1", "y1", "x2", "y2")] for _, lab in kept]
+        shares = visible_shares(boxes, [lab["category"] for _, lab in kept], size)
         for (index, label), (x1, y1, x2, y2), share in zip(kept, boxes, shares):
             big = min(x2 - x1, y2 - y1) >= cfg.min_pixels
             centre = (x1 + x2) / 2 / size

@@ -79,8 +79,8 @@ batch_size = 16               # images a micro-step
 grad_accum = 1                # micro-steps an update; the effective batch is batch_size * grad_accum images
 commands_per_image = 8        # commands a step for each image, descriptions included
 descriptions_per_image = 2    # of them descriptions: of the scene, the left, the way ahead or the right
-max_steps = 3500              # updates
-see_steps = 1500              # of them first for the vision encoder alone, from the words of descriptions; cheap
+max_steps = 4500              # updates
+see_steps = 2500              # of them first for the vision encoder alone, from the words of descriptions; cheap
 tag_weight = 1.0              # weight of that loss, in both stages; 0 = train on text alone, from the start
 lr = 2e-3                     # peak learning rate of the decoder
 lr_projection = 2e-3          # of the vision-to-language projection
@@ -103,11 +103,11 @@ focal_gamma = 0.0             # focal loss on the answer token; 0 = cross-entrop
 entropy_weight = 0.0          # weight of the cross-attention entropy (> 0 asks for focused attention)
 contrast_weight = 0.0         # weight of the SigLIP sigmoid loss between images and "describe" texts
 freeze_vision_steps = 0       # updates for which the vision encoder does not learn; -1 = never learns
-eval_every = 250              # updates between validations
+eval_every = 500              # updates between validations
 eval_items = 2000             # validation commands used while training; 0 = all
 early_stopping: int | None = None  # stop after this many validations without improvement
 save_top = 1                  # best checkpoints kept beside best.pt (best-STEP.pt) when above 1
-log_every = 20                # updates between log lines
+log_every = 50                # updates between log lines
 tensorboard = False           # also write TensorBoard events (needs the tensorboard package)
 resume = False                # continue out_dir/last.pt
 prefetch = 2                  # batches prepared ahead by a thread

@@ -153,14 +153,22 @@ def object_box(spec, o):
     return x1, y1, x2, y2
 
 
+def inside(box):
+    """A box cut at the borders of the picture."""
+    return tuple(min(max(v, 0.0), 1.0) for v in box)
+
+
+def area(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
 def _overlap(o, spec):
     """Largest share of a box that another one covers, between `o` and the objects of `spec`."""
-    a, worst = np.clip(object_box(spec, o), 0, 1), 0.0
+    a, worst = inside(object_box(spec, o)), 0.0
     for p in spec["objects"]:
-        b = np.clip(object_box(spec, p), 0, 1)
+        b = inside(object_box(spec, p))
         common = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-        smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
-        worst = max(worst, common / max(smaller, 1e-9))
+        worst = max(worst, common / max(min(area(a), area(b)), 1e-9))
     return worst
 
 
@@ -180,19 +188,14 @@ def scene_frame(spec, cfg):
     size, labels = cfg.image_size, []
     for o in sorted(spec["objects"], key=lambda o: -o["z"]):
         for category, box in part_boxes(o, object_box(spec, o)):
-            clipped = np.clip(box, 0, 1)
-            full, left = ((b[2] - b[0]) * (b[3] - b[1]) for b in (box, clipped))
-            if left < 0.15 * full or min(clipped[2] - clipped[0], clipped[3] - clipped[1]) * size < 2:
+            clipped = inside(box)
+            left = area(clipped) / area(box)
+            if left < 0.15 or min(clipped[2] - clipped[0], clipped[3] - clipped[1]) * size < 2:
                 continue
             colour = o["colour"] if category == "traffic light" and o["colour"] in commands.COLOURS else "none"
-            labels.append(dict(category=category, box2d={k: round(float(v) * size, 2)
+            labels.append(dict(category=category, box2d={k: round(v * size, 2)
                                                          for k, v in zip(("x1", "y1", "x2", "y2"), clipped)},
-                               attributes=dict(trafficLightColor=colour, truncated=bool(left < 0.95 * full))))
-    if labels:
-        boxes = [list(lab["box2d"].values()) for lab in labels]
-        shares = commands.visible_shares(boxes, [lab["category"] for lab in labels], size)
-        for label, share in zip(labels, shares):
-            label["attributes"]["occluded"] = bool(share < 0.7)
+                               attributes=dict(trafficLightColor=colour, truncated=left < 0.95)))
     return dict(name=spec["name"] + ".png", labels=labels,
                 attributes=dict(weather=spec["weather"], timeofday=spec["timeofday"], scene=spec["scene"]))
 
@@ -772,6 +775,9 @@ def _draw_one(job):
     name, cfg = job
     spec = sample_scene(name, cfg)
     frame = scene_frame(spec, cfg)
+    boxes, names = [list(lab["box2d"].values()) for lab in frame["labels"]], [lab["category"] for lab in frame["labels"]]
+    for label, share in zip(frame["labels"], commands.visible_shares(boxes, names, cfg.image_size)):
+        label["attributes"]["occluded"] = share < 0.7
     return draw_scene(spec, cfg.image_size), frame, commands.truths(View(frame, cfg)), None
 
 

@@ -110,7 +110,7 @@ class Data:
                 named = self.tag[self.tokens[item, self.index[item, 1]:self.index[item, 2]]]
                 row[named[named >= 0]] = 1
             tag[:1] = tag.max(0, initial=0)      # the scene's own description stops after max_describe objects
-            chosen = chosen[np.argsort(-self.index[chosen, 2], kind="stable")]    # longest first, see batch_loss
+            chosen = chosen[np.argsort(-self.index[chosen, 2], kind="stable")]    # the longest names the most
             if cfg.crop:
                 picture = self._crop(picture, np.concatenate((chosen, descriptions)), rng)
             tokens = self.tokens[chosen]
@@ -126,7 +126,7 @@ class Data:
         contrast, light = np.float32(gains).T[:, :, None, None, None]
         images = images * contrast + (light - 1) * 2 if cfg.jitter else images
         chosen = np.stack([c for c, _ in rows])                                   # (B, K)
-        longest = self.index[chosen, 2].max()
+        longest = min(-self.index[chosen, 2].max() // 8 * -8, self.tokens.shape[1])   # few sizes, see Decoder.forward
         tokens = np.stack([t[:, :longest] for _, t in rows]).astype(np.int64)
         # The target of a token is the next one; prompts and padding teach nothing. The last prompt token, `?`, answers.
         targets = np.full_like(tokens, IGNORE)
@@ -213,9 +213,13 @@ def token_loss(logits, targets, cfg):
     return (loss * token_weights(targets, cfg)).sum()
 
 
-def attention_entropy(weights):
-    """Mean entropy of attention rows in nats: H(A) = -sum A log A over the keys. weights (..., S)."""
-    return torch.special.entr(weights.float()).sum(-1).mean()
+def attention_entropy(weights, tokens):
+    """Mean entropy of the attention of real tokens, in nats: H(A) = -sum A log A over the keys.
+
+    weights (layers, N, H, T, S), tokens (N, T).
+    """
+    rows = torch.special.entr(weights.float()).sum(-1)                            # (layers, N, H, T)
+    return rows.transpose(2, 3)[:, tokens != PAD].mean()
 
 
 class WordTagger(torch.nn.Module):
@@ -252,19 +256,12 @@ def batch_loss(model, tagger, batch, cfg, total_weight, read=True):
     if not read:
         return loss
     loss_fn = lambda logits, targets: token_loss(logits, targets, cfg) / total_weight     # noqa: E731
-    # Rows come longest first for each picture. Decoding the long quarter apart from the short rest saves a third of the
-    # decoder's work, which padding to the one longest text would waste.
-    K = batch.tokens.shape[1]
-    cuts = sorted({0, K // 4, K})
-    for first, last in zip(cuts, cuts[1:]):
-        tokens, targets = batch.tokens[:, first:last], batch.targets[:, first:last]
-        T = int((tokens != PAD).sum(-1).max())
-        attn = {"self": [], "cross": []} if cfg.entropy_weight else None
-        part = model.decode(vision, tokens[..., :T], targets[..., :T], loss_fn=loss_fn, attn=attn)
-        if attn is not None:
-            part, attn = part
-            part = part + cfg.entropy_weight * attention_entropy(attn["cross"]) * (last - first) / K / cfg.grad_accum
-        loss = loss + part
+    attn = {"self": [], "cross": []} if cfg.entropy_weight else None
+    text_loss = model.decode(vision, batch.tokens, batch.targets, loss_fn=loss_fn, attn=attn)
+    if attn is not None:
+        text_loss, attn = text_loss
+        loss = loss + cfg.entropy_weight * attention_entropy(attn["cross"], batch.tokens.flatten(0, 1)) / cfg.grad_accum
+    loss = loss + text_loss
     if cfg.contrast_weight:       # the longest text of a picture, mostly its description, is the one that names it
         words = torch.where(batch.targets[:, 0] >= 0, batch.targets[:, 0], PAD)
         words = words.gather(1, torch.argsort((words == PAD).int(), dim=1, stable=True))   # the reason, moved to the left
@@ -564,7 +561,7 @@ def train(cfg):
                 probe = data.batch(0, min(8, cfg.batch_size))
                 with torch.no_grad():
                     _, attn = model(probe.images.to(device), probe.tokens.to(device), return_attn=True)
-                entropy = attention_entropy(attn["cross"]).item()
+                entropy = attention_entropy(attn["cross"].cpu(), probe.tokens.flatten(0, 1)).item()
                 print(f"--- step {step}: val balanced accuracy {100 * accuracy:.2f}%, answer loss {val_loss:.4f} "
                       f"(guessing: 0.693), cross-attention entropy {entropy:.2f} of {math.log(attn['cross'].shape[-1]):.2f}, "
                       f"{time.time() - start:.0f} s", flush=True)
