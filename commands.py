@@ -43,7 +43,7 @@ SIDE = {"left": "left", "ahead": "way ahead", "right": "right"}
 # ---- the view: what is seen, where, how near ----
 
 Seen = namedtuple("Seen", "category seen place places near closeness colour label")
-# seen: YES or MAYBE; place: left/ahead/right, None when its centre is at a border; places: where it may be; near: truth;
+# seen: YES or MAYBE; place: left/ahead/right, None at a border; places: where it may be; near: truth;
 # closeness: over 1 is near, larger is nearer; label: index of the label in the frame
 
 
@@ -90,8 +90,8 @@ class View:
                 measure, line = y2 / size, cfg.near_line
             near = MAYBE if abs(measure - line) < cfg.near_margin else (YES if measure > line else NO)
             colour = label.get("attributes", {}).get("trafficLightColor", "none")
-            self.objects.append(Seen(label["category"], YES if big and share >= cfg.min_visible else MAYBE, place, places,
-                                     near, measure / line, colour, index))
+            seen = YES if big and share >= cfg.min_visible else MAYBE
+            self.objects.append(Seen(label["category"], seen, place, places, near, measure / line, colour, index))
         self.objects.sort(key=lambda o: -o.closeness)
         self.light = self._light()
 
@@ -182,7 +182,8 @@ Template = namedtuple("Template", "family level share paraphrases")
 # {a} "a car", {n} "car", {at} "on the left", {c} "red", {b} and {m} the second object, {side} "way ahead"
 TEMPLATES = {
     "exists": Template("detection", "simple", 0.15, (
-        "is there {a} in the scene", "is there {a}", "do you see {a}", "can you see {a} in the picture", "is {a} visible",
+        "is there {a} in the scene", "is there {a}", "do you see {a}", "can you see {a} in the picture",
+        "is {a} visible",
         "is there any {n} around", "does the picture show {a}", "can you find {a} here", "do you notice any {n}",
         "does the scene contain {a}", "is {a} present in this image", "can you spot {a} anywhere",
         "has the camera captured any {n}", "would you say that there is {a}", "does this photo include {a}",
@@ -213,7 +214,8 @@ TEMPLATES = {
     "turn": Template("safety", "complex", 0.07, (
         "can the car safely turn {d}", "is it safe to turn {d}", "may we turn {d} now", "can we make a {d} turn",
         "is a {d} turn safe", "could the vehicle turn {d} safely", "should we take the {d} turn now",
-        "are we allowed to turn {d}", "is it okay to steer {d} at this junction", "can the driver go {d} without danger",
+        "are we allowed to turn {d}", "is it okay to steer {d} at this junction",
+        "can the driver go {d} without danger",
         "may the car make a {d} turn")),
     "change": Template("safety", "complex", 0.06, (
         "can the car safely change lanes to the {d}", "is it safe to move to the {d} lane",
@@ -226,7 +228,8 @@ TEMPLATES = {
         "is the {side} unobstructed", "is there enough room on the {side}", "does the {side} look clear",
         "is the {side} free of traffic")),
     "and": Template("", "complex", 0.05, (
-        "is there {a} and {b}", "do you see {a} and {b}", "are there both {a} and {b}", "can you see {a} as well as {b}",
+        "is there {a} and {b}", "do you see {a} and {b}", "are there both {a} and {b}",
+        "can you see {a} as well as {b}",
         "does the picture show {a} together with {b}", "is there {a} and also {b}", "are {a} and {b} both visible")),
     "and_no": Template("", "complex", 0.04, (
         "is there {a} and no {m}", "do you see {a} but no {m}", "is there {a} without {b}",
@@ -389,8 +392,8 @@ def vocabulary():
 _NOUN = "|".join(sorted({NOUNS[c][0] for c in CATEGORIES} | set(LIGHTS), key=len, reverse=True))
 _WHERE = r"(?: (near|far))?(?: (on the left|ahead|on the right|in view))?"
 _CLAUSE = re.compile(rf"(?:an?|(no)) ({_NOUN}|light)(?: is)?{_WHERE}|(one) is{_WHERE}")
-_NOTHING = re.compile(r"nothing(?: is)? (?:in view|(on the left|ahead|on the right)|near ((?:on the left|ahead|on the right)"
-                      r"(?: or (?:on the left|ahead|on the right))*))")
+_AT = r"(?:on the left|ahead|on the right)"
+_NOTHING = re.compile(rf"nothing(?: is)? (?:in view|({_AT})|near ({_AT}(?: or {_AT})*))")
 _LIGHT = re.compile(r"the light is (red|yellow|green)")
 _CATEGORY = {NOUNS[c][0]: c for c in CATEGORIES}
 _PLACE = {AT[p]: p for p in PLACES}

@@ -77,7 +77,7 @@ def show(row):
 
 
 def evaluate(cfg):
-    """Evaluate cfg.checkpoint (default: out_dir/best.pt) on cfg.split; prints the page, writes and returns eval.json."""
+    """Evaluate cfg.checkpoint (empty: out_dir/best.pt) on cfg.split; prints the page, writes and returns eval.json."""
     model, cfg, tokenizer, state, device = load_model(cfg)
     meta = prepare.load_meta(cfg)
     if state["data_hash"] != meta["hash"]:
@@ -86,7 +86,8 @@ def evaluate(cfg):
     print(f"device {device}, dtype {str(dtype)[6:]} ({reason}); checkpoint of step {state['step']}")
     data = Data(cfg, meta, cfg.split)
     if data.tokenizer.words != tokenizer.words:
-        raise UserError("the checkpoint has another vocabulary than the data: train again, or use the data it was made with")
+        raise UserError(f"the checkpoint's vocabulary is not that of the data in {cfg.data_dir}: train again, "
+                        "or pass the --data_dir that it was trained on")
     items = prepare.read_items(cfg.data_dir, cfg.split)
     results = {}
     for picture in ("right", "blank", "wrong"):
@@ -100,9 +101,11 @@ def evaluate(cfg):
                 **breakdown(asked, truth, odds > 0, unit, cfg))
     page["controls"] = {"blank picture": summary(truth, results["blank"][1] > 0, unit, cfg),
                         "wrong picture": summary(truth, results["wrong"][1] > 0, unit, cfg)}
-    page["controls by template"] = {t: {p: summary(truth[mine], results[p][1][mine] > 0, unit[mine], cfg)
-                                        for p in ("blank", "wrong")}
-                                    for t in page["template"] for mine in [np.array([i["template"] == t for i in asked])]}
+    page["controls by template"] = {}
+    for template in page["template"]:
+        mine = np.array([i["template"] == template for i in asked])
+        page["controls by template"][template] = {
+            p: summary(truth[mine], results[p][1][mine] > 0, unit[mine], cfg) for p in ("blank", "wrong")}
     best_control = max([50.0] + [c["accuracy"] for c in page["controls"].values() if c["accuracy"] is not None])
     overall = page["overall"]["all"]["accuracy"]
     page["vision gain"] = None if overall is None else round(overall - best_control, 3)

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 import commands
 import config
 from config import UserError
-from commands import MAYBE, NO, QUESTIONS, YES, Question, View
+from commands import MAYBE, QUESTIONS, YES, Question, View
 from tokenizer import Tokenizer, pad
 
 MAGIC, VERSION = "traffic-vlm-data", 1
@@ -89,8 +89,9 @@ def sample_scene(name, cfg):
                 focal=rng.uniform(1.05, 1.28), horizon=rng.uniform(0.40, 0.47), centre=rng.uniform(0.45, 0.55),
                 height=rng.uniform(1.3, 1.6), half_road=rng.uniform(*{"highway": (6, 9), "city street": (4.5, 7),
                                                                       "residential": (3.2, 4.5)}[kind]),
-                shift=rng.uniform(-1.5, 1.5), lanes=rng.choice((2, 3, 4)), crosswalk=rng.choice((0, 0, rng.uniform(5, 12))),
-                sun=rng.choice((-1, 1)) * rng.uniform(0.2, 0.6), noise=rng.uniform(0, 7), blur=rng.choice((0, 0, 0.4, 0.6)),
+                shift=rng.uniform(-1.5, 1.5), lanes=rng.choice((2, 3, 4)),
+                crosswalk=rng.choice((0, 0, rng.uniform(5, 12))), sun=rng.choice((-1, 1)) * rng.uniform(0.2, 0.6),
+                noise=rng.uniform(0, 7), blur=rng.choice((0, 0, 0.4, 0.6)),
                 gain=rng.uniform(0.88, 1.1), objects=[])
     colour = rng.choice(commands.COLOURS)
     for kind, (_, _, _, chance, _) in KINDS.items():
@@ -358,7 +359,8 @@ def draw_cycle(b, o, rng, top=0.0):
     for u in (r, 1 - r):
         b.oval(u - r, v(0.42 if not motor else 0.48), u + r, 1, TYRE, ring=0.10 if not motor else 0.24)
     if motor:
-        b.poly([(0.16, v(0.62)), (0.22, v(0.28)), (0.52, v(0.34)), (0.74, v(0.24)), (0.84, v(0.62)), (0.5, v(0.84))], paint)
+        b.poly([(0.16, v(0.62)), (0.22, v(0.28)), (0.52, v(0.34)), (0.74, v(0.24)), (0.84, v(0.62)), (0.5, v(0.84))],
+               paint)
         b.rect(0.40, v(0.58), 0.62, v(0.86), METAL)
         b.rect(0.12, v(0.22), 0.52, v(0.34), DARK)
         b.line([(0.82, v(0.72)), (0.70, v(0.04))], METAL, 0.05)
@@ -491,7 +493,8 @@ def draw_background(b, spec, rng):
 
 
 def _building(b, spec, rng, x, side, z1, z2, tall):
-    wall = rng.choice(((176, 140, 116), (160, 160, 166), (196, 184, 160), (130, 96, 84), (206, 206, 200), (110, 120, 134)))
+    wall = rng.choice(((176, 140, 116), (160, 160, 166), (196, 184, 160), (130, 96, 84), (206, 206, 200),
+                       (110, 120, 134)))
     face = [project(spec, x, y, z) for y, z in ((0, z1), (tall, z1), (tall, z2), (0, z2))]
     b.poly(face, wall, 0.82)
     outer = x + side * 14
@@ -719,7 +722,8 @@ def clean_frame(raw, width, height, size):
 def load_picture(path, size=None, with_size=False):
     """The picture at `path` as an upright RGB image, or a UserError that names the path.
 
-    with_size: also return its upright (width, height) before resizing. size: decode a JPEG at about this size (draft scaling, several times faster) and resize to (size, size).
+    size: decode a JPEG at about this size (draft scaling, several times faster) and resize to (size, size).
+    with_size: also return its upright (width, height) before resizing.
     """
     try:
         with Image.open(path) as image:
@@ -775,7 +779,8 @@ def _draw_one(job):
     name, cfg = job
     spec = sample_scene(name, cfg)
     frame = scene_frame(spec, cfg)
-    boxes, names = [list(lab["box2d"].values()) for lab in frame["labels"]], [lab["category"] for lab in frame["labels"]]
+    boxes = [list(label["box2d"].values()) for label in frame["labels"]]
+    names = [label["category"] for label in frame["labels"]]
     for label, share in zip(frame["labels"], commands.visible_shares(boxes, names, cfg.image_size)):
         label["attributes"]["occluded"] = share < 0.7
     return draw_scene(spec, cfg.image_size), frame, commands.truths(View(frame, cfg)), None
@@ -899,14 +904,15 @@ def write_commands(root, frames, table, cfg):
     for split in SPLITS:
         rows = [f["index"] for f in frames if f["split"] == split]
         sets = {split: (None, None)}
-        if split == "test":       # the language test: a paraphrase never trained on; the composition test: new questions
+        if split == "test":       # tests of language (a paraphrase never trained on) and of composition (new questions)
             held = [q for q, question in enumerate(QUESTIONS) if question.held_out]
             sets["test_words"], sets["test_combos"] = (None, -1), ({q: 0.5 / len(held) for q in held}, None)
         for name, (shares, paraphrase) in sets.items():
             items = make_items(rows, frames, table, cfg, name, shares, paraphrase, describe=name == split)
             _write_items(root, name, items, tokenizer, cfg)
             report[name] = dict(pictures=len(rows), commands=sum(i["answer"] is not None for i in items),
-                                yes=sum(i["answer"] is True for i in items), families=dict(Counter(i["family"] for i in items)),
+                                yes=sum(i["answer"] is True for i in items),
+                                families=dict(Counter(i["family"] for i in items)),
                                 templates=dict(Counter(i["template"] for i in items)))
             if name == "test" and cfg.source == "drawn":
                 report["twins"] = write_twins(root, frames, items, cfg)
@@ -1004,8 +1010,8 @@ DATA_FLAGS = ["preset", "data_dir"] + config.DATA_KEYS
 # ---- report ----
 
 def print_report(meta, cfg):
-    print(f"\n{cfg.data_dir}: {meta['frames']} pictures of {cfg.image_size}x{cfg.image_size}, {meta['rejected']} rejected, "
-          f"in {meta['seconds']} s")
+    print(f"\n{cfg.data_dir}: {meta['frames']} pictures of {cfg.image_size}x{cfg.image_size}, {meta['rejected']} "
+          f"rejected, in {meta['seconds']} s")
     print("channel mean " + " ".join(f"{x:.3f}" for x in meta["mean"])
           + ", std " + " ".join(f"{x:.3f}" for x in meta["std"]))
     print(f"{'set':<12} {'pictures':>8} {'questions':>9} {'YES':>6}  families")
@@ -1018,7 +1024,7 @@ def print_report(meta, cfg):
         t = meta["report"]["twins"]
         print(f"twins: {t['flips']} of {t['items']} test questions have an edit that flips the answer")
     if meta["report"]["dropped"]:
-        print(f"questions with under {cfg.min_cell} YES or NO in train, dropped: {', '.join(meta['report']['dropped'])}")
+        print(f"dropped, with under {cfg.min_cell} YES or NO in train: {', '.join(meta['report']['dropped'])}")
     for kind, count in sorted(meta["labels_dropped"].items(), key=lambda kv: -kv[1]):
         print(f"labels dropped, {kind}: {count}")
 
@@ -1052,13 +1058,16 @@ def draw_report(cfg):
         axis.imshow(images[frame["index"]], interpolation="nearest")
         for o in View(frame, cfg).objects:
             box = frame["labels"][o.label]["box2d"]
-            axis.add_patch(plt.Rectangle((box["x1"] - 0.5, box["y1"] - 0.5), box["x2"] - box["x1"], box["y2"] - box["y1"],
-                                         fill=False, lw=1.4, ls="-" if o.seen == YES else ":", color="#ff3bd4"))
+            corner, sides = (box["x1"] - 0.5, box["y1"] - 0.5), (box["x2"] - box["x1"], box["y2"] - box["y1"])
+            axis.add_patch(plt.Rectangle(corner, *sides, fill=False, lw=1.4, ls="-" if o.seen == YES else ":",
+                                         color="#ff3bd4"))
             axis.text(box["x1"], box["y1"] - 1, o.category, fontsize=7, color="white",
                       bbox=dict(facecolor="black", alpha=0.6, pad=0.6, lw=0))
         item = rng.choice([i for i in items if i["picture"] == frame["index"]] or [None])
-        text = f"{item['command']}?\n{'' if item['answer'] is None else ['NO: ', 'YES: '][item['answer']]}{item['reason']}" \
-            if item else frame["name"]
+        text = frame["name"]
+        if item:
+            verdict = "" if item["answer"] is None else "YES: " if item["answer"] else "NO: "
+            text = f"{item['command']}?\n{verdict}{item['reason']}"
         axis.set_title(text, fontsize=8)
         axis.axis("off")
     for axis in axes[1:].flat:

@@ -1,15 +1,41 @@
-"""Tests: `python -m pytest -q test_model.py`. Nothing is downloaded; what needs a missing package is skipped."""
-import math
-import warnings
+"""Tests: `python -m pytest test_model.py`. Nothing is downloaded; what needs a missing package is skipped.
 
+Every test fails if the thing it names breaks. Sections: model; settings and text; scenes and commands; stored data;
+training; evaluation; answering.
+"""
+import ast
+import csv
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+import commands
 import config
+import evaluate
 import model as model_file
+import prepare
+import tokenizer
+import train
+import visualize
+from commands import CATEGORIES, MAYBE, NO, QUESTIONS, YES, Question, View, check_reason
 from config import UserError
 from model import Attention, Packing, RMSNorm, VLM, rope_tables, rotate, self_mask
+from tokenizer import Tokenizer
 
 TINY = dict(image_size=32, patch_size=8, stem_width=8, vision_dim=32, vision_layers=2, vision_heads=2,
             vision_ffn_dim=64, text_dim=32, text_layers=2, text_heads=4, text_kv_heads=2, text_head_dim=8,
@@ -159,7 +185,6 @@ def test_attention_rows_sum_to_one_and_skip_padding():
         close(cross.sum(-1), torch.ones(2, 19, 4))
         pad_keys = ~real[:, None].expand(4, 7, 7)[real]                           # (M, S)
         assert (own * pad_keys[None, :, None]).max() == 0
-        assert attn["cross"].transpose(2, 3)[:, ~real].abs().max() == 0
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -577,3 +602,1381 @@ def test_decoder_equals_hf_gemma():
         difference = (a - b)[real].abs().max()
         print(f"\nGemma: largest difference {difference:.1e} of values up to {b[real].abs().max():.1f}")
         assert difference < 1e-4
+
+
+SETS = ("train", "val", "test", "ood", "test_words", "test_combos")
+DEFAULTS = config.from_args()
+SIZE = DEFAULTS.image_size
+SMALL = dict(vision_dim=32, vision_heads=1, vision_layers=1, vision_ffn_dim=64, stem_width=8, text_dim=32, text_heads=2,
+             text_kv_heads=1, text_head_dim=16, text_layers=1, text_ffn_dim=32, batch_size=4, commands_per_image=4,
+             dtype="float32", device="cpu", eval_items=40, warmup_steps=2, log_every=1, max_steps=4, see_steps=0)
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """A small drawn data set: its settings, meta, frames, commands of each set, and pictures. Nobody writes to it."""
+    folder = tmp_path_factory.mktemp("data")
+    cfg = config.from_args([], num_scenes=400, num_ood_scenes=40, data_dir=str(folder), workers=1, min_cell=2)
+    meta = prepare.prepare(cfg)
+    frames = [json.loads(line) for line in (folder / "frames.jsonl").read_text(encoding="utf-8").splitlines()]
+    return SimpleNamespace(cfg=cfg, meta=meta, frames=frames, items={s: prepare.read_items(folder, s) for s in SETS},
+                           images=np.load(folder / "images.npy", mmap_mode="r"), views=[View(f, cfg) for f in frames])
+
+
+@pytest.fixture(scope="session")
+def lexicon():
+    return tokenizer.Tokenizer(commands.vocabulary())
+
+
+def changed(cfg, **changes):
+    return SimpleNamespace(**{**vars(cfg), **changes})
+
+
+def small_run(drawn, out, **changes):
+    """Settings of a run of a second on the drawn data."""
+    return config.check(changed(drawn.cfg, **{**SMALL, "out_dir": str(out), **changes}))
+
+
+def small_model(cfg, vocab_size):
+    torch.manual_seed(0)
+    return VLM(cfg, vocab_size).eval()
+
+
+def box(category, centre=64.0, bottom=75.0, width=16.0, height=16.0, colour="none"):
+    """A label by hand. At 128 pixels, left is below 38, ahead 47 to 81, right above 90; near is a bottom above 96."""
+    edges = dict(x1=centre - width / 2, y1=bottom - height, x2=centre + width / 2, y2=bottom)
+    return dict(category=category, box2d=edges, attributes=dict(trafficLightColor=colour))
+
+
+def lamp(colour, **where):
+    return box("traffic light", **{**dict(centre=64.0, bottom=40.0, width=12.0, height=16.0, colour=colour), **where})
+
+
+def view_of(*labels):
+    return View(dict(name="hand", labels=list(labels), attributes={}), DEFAULTS)
+
+
+def ask(template, first="", second="", labels=()):
+    return Question(template, first, second).truth(view_of(*labels))
+
+
+def reason_of(template, first="", second="", labels=()):
+    """The reason of a certain answer, after its own check."""
+    view = view_of(*labels)
+    question = Question(template, first, second)
+    assert question.truth(view) != MAYBE
+    reason = question.reason(view)
+    assert check_reason(reason, view) == YES
+    return reason
+
+
+def swapped(text):
+    """left <-> right in a text."""
+    return re.sub(r"\b(left|right)\b", lambda m: {"left": "right", "right": "left"}[m.group()], text)
+
+
+def mirrored(frame, size):
+    labels = [dict(lab, box2d=dict(lab["box2d"], x1=size - lab["box2d"]["x2"], x2=size - lab["box2d"]["x1"]))
+              for lab in frame["labels"]]
+    return dict(frame, labels=labels)
+
+
+def moved(frame, x, y, scale, size):
+    """The labels of a frame after cropping at (x, y) and enlarging by `scale`."""
+    labels = []
+    for label in frame["labels"]:
+        b = label["box2d"]
+        new = {k: (b[k] - (x if k[0] == "x" else y)) * scale for k in ("x1", "y1", "x2", "y2")}
+        new = {k: min(max(v, 0.0), float(size)) for k, v in new.items()}
+        if new["x2"] - new["x1"] > 1 and new["y2"] - new["y1"] > 1:
+            labels.append(dict(label, box2d=new))
+    return dict(frame, labels=labels)
+
+
+def question_of(item):
+    return Question(item["template"], item["first"], item["second"])
+
+
+def as_pixels(images, data):
+    """Normalised (B, 3, S, S) back to (B, S, S, 3) in 0..255, float."""
+    return (images.numpy().transpose(0, 2, 3, 1) * data.std + data.mean) * 255
+
+
+def pictures_shown(batch, data):
+    """Which stored picture each image of an unflipped, unjittered batch is."""
+    patch = np.asarray(data.images[:, 60:64, 60:64], dtype=np.float32).reshape(len(data.images), -1)
+    seen = as_pixels(batch.images, data)[:, 60:64, 60:64].reshape(len(batch.images), -1)
+    distance = np.abs(seen[:, None] - patch[None]).max(-1)
+    assert distance.min(1).max() < 0.01
+    return distance.argmin(1)
+
+
+def rows_of(batch, data, pictures):
+    """Row of the set's commands for each (picture, command) of an unflipped batch: (B, K) list of list of int."""
+    found = []
+    for picture, texts in zip(pictures, batch.tokens.numpy()):
+        own = np.flatnonzero(data.index[:, 0] == picture)
+        known = {tuple(data.tokens[r, :data.index[r, 2]].tolist()): int(r) for r in own}
+        found.append([known[tuple(t[t != 0].tolist())] for t in texts])
+    return found
+
+
+def log_losses(out):
+    """{step: loss} of log.csv."""
+    with open(Path(out) / "log.csv", newline="", encoding="utf-8") as file:
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file) if row["loss"]}
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C while update `step` begins."""
+    scale = train.lr_scale
+
+    def scale_or_stop(now, cfg):
+        if now == step:
+            raise KeyboardInterrupt
+        return scale(now, cfg)
+    monkeypatch.setattr(train, "lr_scale", scale_or_stop)
+
+
+def wordings(question, paraphrase, tries=12):
+    return {question.words(random.Random(seed), paraphrase) for seed in range(tries)}
+
+
+BLOCK = {place: box("truck", centre=x, bottom=110) for place, x in (("left", 20), ("ahead", 64), ("right", 108))}
+FAR = {place: dict(BLOCK[place], box2d=dict(BLOCK[place]["box2d"], y2=75, y1=59)) for place in BLOCK}
+CAR_LEFT, BUS_AHEAD = box("car", centre=20), box("bus", bottom=110)
+
+
+def touched(spec, o, size):
+    """Pixels that an object may touch: its box, a generous shadow, the pole of what hangs, and the blur."""
+    x1, y1, x2, y2 = prepare.object_box(spec, o)
+    aside = 0.0 if o["y"] > 0 else 0.7 * (x2 - x1)
+    below = prepare.project(spec, o["x"], 0, o["z"])[1] if o["y"] > 0 else y2 + 0.2 * (x2 - x1) + 0.02
+    mask, grow = np.zeros((size, size), bool), 5
+    left, top, right, low = (int(v * size) for v in (x1 - aside, y1, x2 + aside, below))
+    mask[max(0, top - grow):max(0, low + grow), max(0, left - grow):max(0, right + grow)] = True
+    return mask
+
+
+def bdd_folder(root):
+    """A BDD100K tree as of 2018 with 20 frames for train and 6 for val; returns {name: record}, in the lists' order."""
+    rng, records = random.Random(0), {}
+
+    def label(category, *edges, **attributes):
+        return dict(category=category, box2d=dict(zip(("x1", "y1", "x2", "y2"), edges)), attributes=attributes, id=1)
+    for folder, count in (("train", 20), ("val", 6)):
+        listed, pictures = [], root / "images" / "100k" / folder
+        pictures.mkdir(parents=True)
+        (root / "labels").mkdir(exist_ok=True)
+        for i in range(count):
+            x = rng.choice((20, 140, 250))
+            listed.append(dict(name=f"{folder}{i:02d}.jpg", timestamp=10000, attributes=dict(
+                weather="clear", scene="city street", timeofday="daytime"), labels=[
+                    label(rng.choice(("car", "bus", "person")), x, 60, x + 50, rng.choice((100, 160)))]))
+            Image.new("RGB", (320, 180), (40 + i, 90, 140)).save(pictures / listed[-1]["name"])
+        if folder == "train":
+            lane = dict(category="lane", poly2d=[dict(vertices=[[0, 0], [5, 5]], types="LL", closed=False)], id=2)
+            listed[1]["labels"] = [label("car", 30, 60, 90, 170), dict(category="bus", box2d=None, attributes={}),
+                                   label("truck", 200, 100, 150, 120), label("spaceship", 1, 1, 90, 90), lane,
+                                   label("bike", -20, 90, 60, 400), label("motor", 400, 10, 500, 90),
+                                   label("traffic light", 100, 10, 130, 70, trafficLightColor="G"),
+                                   dict(category="drivable area", poly2d=[[1, 2]], box2d=None)]
+            listed[2]["labels"] = None
+            listed[3]["labels"] = [lane]
+            listed[4]["attributes"]["weather"] = "rainy"
+            listed[5]["attributes"] = dict(weather="undefined", scene="city street", timeofday="daytime")
+            (pictures / listed[6]["name"]).unlink()
+            full = (pictures / listed[7]["name"]).read_bytes()
+            (pictures / listed[7]["name"]).write_bytes(full[:len(full) // 2])
+            (pictures / listed[8]["name"]).write_text("not a picture")
+        (root / "labels" / f"bdd100k_labels_images_{folder}.json").write_text(json.dumps(listed))
+        records.update({r["name"]: r for r in listed})
+    return records
+
+
+RECORDS = [dict(name="a.jpg", labels=[dict(category="car", box2d=dict(x1=1.5, y1=2, x2=3e2, y2=-4))]),
+           dict(name='quote " and ] } , [ { in a name \\', labels=None), dict(name="ünïcode 路", labels=[]), {},
+           dict(name="x" * 50, attributes=dict(deep=[[[1, 2], [3]], dict(a=dict(b=[True, None]))]))]
+
+
+# ---- settings and text ----
+
+def test_overrides_are_cast_to_the_type_of_their_default(capsys):
+    cfg = config.from_args(["--batch_size=3", "--lr=1", "--resume=true", "--keep_undefined=FALSE", "--early_stopping=4",
+                            "--command=is it red? a=b"])
+    assert (cfg.batch_size, cfg.lr, cfg.resume, cfg.keep_undefined) == (3, 1.0, True, False)
+    assert isinstance(cfg.lr, float) and cfg.early_stopping == 4 and cfg.command == "is it red? a=b"
+    assert "Overriding: batch_size = 3" in capsys.readouterr().out
+    assert config.from_args(["--early_stopping=none"]).early_stopping is None
+
+
+@pytest.mark.parametrize("argument, says", [
+    ("--batchsize=3", "'batch_size'"), ("--batch_size=3.5", "whole number"), ("--lr=fast", "a number"),
+    ("--lr=nan", "a number"), ("--resume=1", "True or False"), ("--early_stopping=soon", "whole number"),
+    ("--stem=cone", "'conv'"), ("--preset=big", "default, base"), ("--image_size=100", "patch_size=16"),
+    ("--patch_size=12 --image_size=120", "stem=conv"), ("--vision_heads=3", "vision_dim=128"),
+    ("--text_kv_heads=3", "text_heads=8"), ("--text_head_dim=15", "even"), ("--batch_size=0", "above 0"),
+    ("--vision_dim=6 --vision_heads=1 --vision_positions=sincos", "divisible by 4"), ("--dropout=1", "below 1"),
+    ("--flip=1.5", "flip"), ("--workers=-1", "negative"), ("batch_size=3", "--key=value"),
+    ("--batch_size", "--key=value"),
+])
+def test_a_wrong_setting_is_one_line_that_says_what_would_work(argument, says):
+    with pytest.raises(UserError) as error:
+        config.from_args(argument.split())
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_preset_comes_first_then_the_overrides():
+    base = config.from_args(["--vision_dim=192", "--preset=base"])
+    assert (base.preset, base.vision_dim, base.image_size, base.text_dim) == ("base", 192, 224, 384)
+    assert config.from_args(["--preset=default"]).image_size == config.SETTINGS["image_size"][1]
+
+
+def test_every_setting_has_a_comment_a_section_and_its_default():
+    source = Path(config.__file__).read_text(encoding="utf-8")
+    names = []
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith("_"):
+            names.append(target.id)
+    assert names == list(config.SETTINGS)
+    for name, (section, default, comment) in config.SETTINGS.items():
+        assert section and len(comment) > 3 and default == getattr(config, name), name
+        assert f"  {name} = " in config.describe()
+    assert {k for preset in config.PRESETS.values() for k in preset} <= set(names) and set(config.CHOICES) <= set(names)
+    assert {"image_size", "num_scenes", "scene_seed", "weather", "min_pixels", "near_line"} <= set(config.DATA_KEYS)
+    assert not {"lr", "data_dir", "seed", "workers"} & set(config.DATA_KEYS)
+
+
+def test_the_command_line_fails_with_status_2_and_one_line():
+    done = subprocess.run([sys.executable, "-B", "config.py", "--batchsize=3"], cwd=Path(config.__file__).parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().count("\n") == 0 and "batch_size" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_text_survives_encoding_and_decoding(lexicon):
+    text = "is there a car on the left , one is near ahead ?"
+    ids = lexicon.encode(text)
+    assert tokenizer.UNK not in ids and lexicon.decode(ids) == text
+    assert lexicon.encode("Is there a CAR on the left, one is near ahead?") == ids
+    assert lexicon.decode([tokenizer.SOS] + ids + [tokenizer.EOS] + ids) == text
+
+
+def test_special_ids_are_fixed(lexicon):
+    assert lexicon.words[:6] == ["[PAD]", "[SOS]", "[EOS]", "[UNK]", "[YES]", "[NO]"]
+    assert (tokenizer.PAD, tokenizer.SOS, tokenizer.EOS, tokenizer.UNK, tokenizer.YES, tokenizer.NO) == tuple(range(6))
+    assert lexicon.encode("[YES] [NO]") == [tokenizer.YES, tokenizer.NO]
+    assert len(set(lexicon.words)) == len(lexicon) == len(lexicon.ids)
+
+
+def test_an_unknown_word_is_reported_with_the_nearest_known_one(lexicon):
+    assert lexicon.unknown("is there a pedestrain or a car?") == [("pedestrain", "pedestrian")]
+    assert lexicon.unknown("zzzzqqq") == [("zzzzqqq", None)]
+    assert lexicon.encode("zzzzqqq car") == [tokenizer.UNK, lexicon.ids["car"]]
+
+
+@pytest.mark.parametrize("ending", ["", "?", " ?", "??", "!", ".", " ?! ...", "?\n", '?"'])
+def test_a_prompt_ends_in_exactly_one_question_mark(lexicon, ending):
+    assert lexicon.prompt("Is there a car" + ending) == lexicon.prompt("is there a car")
+    prompt = lexicon.prompt("is there a car" + ending)
+    assert prompt[0] == tokenizer.SOS and prompt[-1] == lexicon.ids["?"] and prompt.count(lexicon.ids["?"]) == 1
+    assert lexicon.decode(prompt) == "is there a car ?"
+
+
+def test_an_example_is_prompt_answer_reason_end(lexicon):
+    for answer, verdict in ((True, [tokenizer.YES]), (False, [tokenizer.NO]), (None, [])):
+        ids, n = lexicon.example("is there a car", answer, "a car is near ahead")
+        assert ids[:n] == lexicon.prompt("is there a car")
+        assert ids[n:] == verdict + lexicon.encode("a car is near ahead") + [tokenizer.EOS]
+
+
+def test_padding_right_left_and_never_cutting():
+    assert tokenizer.pad([[1, 2, 3], [4]]) == [[1, 2, 3], [4, 0, 0]]
+    assert tokenizer.pad([[1, 2, 3], [4]], 4, left=True) == [[0, 1, 2, 3], [0, 0, 0, 4]]
+    with pytest.raises(ValueError, match="3 tokens"):
+        tokenizer.pad([[1, 2, 3], [4]], 2)
+
+
+def test_the_vocabulary_has_200_to_500_words_and_all_that_is_ever_said(lexicon, drawn):
+    assert 200 <= len(lexicon) <= 500
+    texts = set(commands.DESCRIBE) | {form.format(at="") for form in commands.DESCRIBE_AT}
+    for question in QUESTIONS:
+        for paraphrase in range(len(commands.TEMPLATES[question.template].paraphrases)):
+            texts |= wordings(question, paraphrase)
+    for group in (commands.NOUNS, commands.COLOUR_WORDS, commands.PLACE_WORDS):
+        texts |= {word for forms in group.values() for word in forms}
+    texts |= {text for items in drawn.items.values() for i in items for text in (i["reason"], i["command"])}
+    assert not any("{" in text for text in texts)
+    assert {word for text in texts for word, _ in lexicon.unknown(text)} == set()
+    assert json.loads(Path(drawn.cfg.data_dir, "vocab.json").read_text(encoding="utf-8")) == lexicon.words[6:]
+
+
+def test_a_held_out_paraphrase_is_made_of_trained_words():
+    texts = {"trained": set(), "held out": set()}
+    for forms in (commands.DESCRIBE, [form.format(at="") for form in commands.DESCRIBE_AT]):
+        texts["trained"] |= set(forms[:-1])
+        texts["held out"].add(forms[-1])
+    for question in QUESTIONS:
+        forms = len(commands.TEMPLATES[question.template].paraphrases)
+        for k in range(forms):
+            texts["trained" if k < forms - 1 else "held out"] |= wordings(question, k)
+    trained, held = ({word for text in group for word in text.split()} for group in texts.values())
+    assert held <= trained
+
+
+# ---- scenes and commands ----
+
+def test_exists_and_tiny_objects():
+    assert ask("exists", "car", labels=[box("car")]) == YES
+    assert ask("exists", "bus", labels=[box("car")]) == NO and ask("exists", "car") == NO
+    assert ask("exists", "car", labels=[box("car", width=7.9)]) == MAYBE
+    assert ask("exists", "car", labels=[box("car", height=5)]) == MAYBE
+    assert ask("exists", "car", labels=[box("car", centre=20, width=5), box("car", centre=100)]) == YES
+
+
+@pytest.mark.parametrize("centre, left, ahead, right", [
+    (20, YES, NO, NO), (38, YES, NO, NO), (40, MAYBE, MAYBE, None), (46, MAYBE, MAYBE, None), (47, NO, YES, NO),
+    (81, NO, YES, NO), (84, None, MAYBE, MAYBE), (90, NO, NO, YES), (118, NO, NO, YES)])
+def test_places_are_thirds_with_ambiguous_borders(centre, left, ahead, right):
+    label = box("car", centre=centre)
+    for place, truth in zip(commands.PLACES, (left, ahead, right)):
+        found = ask("exists_at", "car", place, [label])
+        assert found == truth if truth is not None else found < YES, place
+    assert ask("exists", "car", labels=[label]) == YES
+
+
+def test_near_is_the_lower_edge_or_the_height_of_what_hangs():
+    for bottom, truth in ((80, NO), (88, NO), (90, MAYBE), (95, MAYBE), (97, YES), (120, YES)):
+        assert ask("near", "car", labels=[box("car", bottom=bottom)]) == truth, bottom
+    for height, how in ((16, "far"), (35, "near")):
+        sign = box("traffic sign", centre=20, bottom=50, height=height)
+        assert commands.describe(view_of(sign), 4) == f"a traffic sign {how} on the left"
+    assert commands.describe(view_of(box("traffic sign", bottom=50, height=25.6)), 4) == "a traffic sign ahead"
+
+
+def test_light_colours():
+    colours = commands.COLOURS
+    assert [ask("light", c) for c in colours] == [NO, NO, NO]
+    assert [ask("light", c, labels=[lamp("red")]) for c in colours] == [YES, NO, NO]
+    assert [ask("light", c, labels=[lamp("green"), lamp("green", centre=20.0)]) for c in colours] == [NO, NO, YES]
+    assert [ask("light", c, labels=[lamp("none")]) for c in colours] == [MAYBE] * 3
+    assert [ask("light", c, labels=[lamp("red"), lamp("green", centre=20.0)]) for c in colours] == [MAYBE] * 3
+    assert [ask("light", c, labels=[lamp("red"), lamp("none", centre=20.0)]) for c in colours] == [YES, NO, NO]
+    tiny_green = lamp("green", centre=20.0, width=4.0, height=6.0)
+    assert [ask("light", c, labels=[tiny_green]) for c in colours] == [MAYBE] * 3
+    assert [ask("light", c, labels=[lamp("red"), tiny_green]) for c in colours] == [MAYBE] * 3
+
+
+def test_what_is_almost_covered_is_ambiguous():
+    car = box("car", centre=64, bottom=80, width=32, height=24)
+    covers = {share: box("truck", centre=48 + 16 * share, bottom=110, width=32 * share, height=70)
+              for share in (0.5, 0.75)}
+    assert ask("exists", "car", labels=[car, covers[0.5]]) == YES
+    assert ask("exists", "car", labels=[car, covers[0.75]]) == MAYBE
+    behind = box("truck", centre=64, bottom=78, width=60, height=60)       # higher in the picture: farther
+    assert ask("exists", "car", labels=[car, behind]) == YES
+    assert ask("exists", "truck", labels=[car, behind]) == YES
+
+
+def test_going_straight_and_stopping():
+    cases = [([], YES), ([FAR["ahead"]], YES), ([BLOCK["ahead"]], NO), ([BLOCK["left"], BLOCK["right"]], YES),
+             ([lamp("red")], NO), ([lamp("yellow")], NO), ([lamp("green")], YES), ([lamp("green"), BLOCK["ahead"]], NO),
+             ([lamp("none")], MAYBE), ([lamp("none"), BLOCK["ahead"]], NO), ([box("car", bottom=92)], MAYBE),
+             ([box("car", centre=43, bottom=110)], MAYBE), ([box("traffic sign", bottom=110, height=40)], YES)]
+    for labels, truth in cases:
+        assert ask("straight", labels=labels) == truth, labels
+        assert ask("stop", labels=labels) == 2 - truth, labels
+
+
+def test_turning_changing_lanes_and_clear_sides():
+    for side, other in (("left", "right"), ("right", "left")):
+        assert ask("turn", side) == YES and ask("turn", side, labels=[BLOCK[other]]) == YES
+        assert ask("turn", side, labels=[BLOCK[side]]) == ask("turn", side, labels=[BLOCK["ahead"]]) == NO
+        assert ask("turn", side, labels=[lamp("red")]) == NO and ask("turn", side, labels=[lamp("green")]) == YES
+        assert ask("change", side, labels=[BLOCK[side]]) == NO
+        assert ask("change", side, labels=[BLOCK[other], BLOCK["ahead"], lamp("red")]) == YES
+    for place in commands.PLACES:
+        assert ask("clear", place, labels=[BLOCK[place]]) == NO
+        assert ask("clear", place, labels=[BLOCK[p] for p in BLOCK if p != place] + [FAR[place], lamp("red")]) == YES
+    for place in ("left", "ahead"):
+        assert ask("clear", place, labels=[box("car", centre=43, bottom=110)]) == MAYBE
+
+
+@pytest.mark.parametrize("a, b", list(itertools.product((NO, MAYBE, YES), repeat=2)))
+def test_and_or_and_no_follow_kleene(a, b):
+    width = {MAYBE: 5, YES: 16}
+    labels = [box(name, centre=x, width=width[t]) for name, x, t in (("car", 20, a), ("bus", 100, b)) if t != NO]
+    tables = {"and": [[NO, NO, NO], [NO, MAYBE, MAYBE], [NO, MAYBE, YES]],
+              "or": [[NO, MAYBE, YES], [MAYBE, MAYBE, YES], [YES, YES, YES]],
+              "and_no": [[NO, NO, NO], [MAYBE, MAYBE, NO], [YES, MAYBE, NO]]}
+    for template, table in tables.items():
+        assert ask(template, "car", "bus", labels) == table[a][b], template
+
+
+def test_and_no_with_a_light():
+    assert ask("and_no", "car", "red light", [box("car"), lamp("red", centre=20.0)]) == NO
+    assert ask("and_no", "car", "red light", [box("car"), lamp("green", centre=20.0)]) == YES
+    assert ask("and", "car", "red light", [box("car")]) == NO
+    assert ask("or", "car", "red light", [lamp("none", centre=20.0)]) == MAYBE
+
+
+@pytest.mark.parametrize("question, labels, reason", [
+    (("exists", "car", ""), [box("car")], "a car is far ahead"),
+    (("exists", "car", ""), [box("car"), box("car", centre=100, bottom=110)], "a car is near on the right"),
+    (("exists", "car", ""), [], "no car is in view"),
+    (("exists", "car", ""), [box("car", centre=43)], "a car is far"),
+    (("exists", "car", ""), [box("car", centre=43, bottom=92)], "a car is in view"),
+    (("exists_at", "car", "left"), [CAR_LEFT], "a car is far on the left"),
+    (("exists_at", "car", "right"), [CAR_LEFT], "no car is on the right , one is far on the left"),
+    (("exists_at", "car", "ahead"), [], "no car is ahead"),
+    (("near", "bus", ""), [BUS_AHEAD], "a bus is near ahead"),
+    (("near", "car", ""), [CAR_LEFT], "no car is near , one is far on the left"),
+    (("light", "red", ""), [lamp("red")], "the light is red"),
+    (("light", "red", ""), [lamp("green")], "the light is green"),
+    (("light", "red", ""), [], "no light is in view"),
+    (("straight", "", ""), [], "nothing is near ahead"),
+    (("straight", "", ""), [lamp("green")], "the light is green and nothing is near ahead"),
+    (("straight", "", ""), [lamp("red"), BUS_AHEAD], "the light is red and a bus is near ahead"),
+    (("straight", "", ""), [lamp("green"), BUS_AHEAD], "a bus is near ahead"),
+    (("stop", "", ""), [lamp("yellow")], "the light is yellow"),
+    (("stop", "", ""), [BUS_AHEAD], "a bus is near ahead"),
+    (("stop", "", ""), [lamp("green"), CAR_LEFT], "the light is green and nothing is near ahead"),
+    (("turn", "left", ""), [], "nothing is near ahead or on the left"),
+    (("turn", "right", ""), [BLOCK["right"]], "a truck is near on the right"),
+    (("change", "left", ""), [BLOCK["left"]], "a truck is near on the left"),
+    (("change", "left", ""), [lamp("red")], "nothing is near on the left"),
+    (("clear", "ahead", ""), [BUS_AHEAD], "a bus is near ahead"),
+    (("clear", "right", ""), [BUS_AHEAD], "nothing is near on the right"),
+    (("and", "car", "bus"), [CAR_LEFT, BUS_AHEAD], "a car is far on the left and a bus is near ahead"),
+    (("and", "car", "bus"), [CAR_LEFT], "no bus is in view"),
+    (("and_no", "car", "bus"), [CAR_LEFT], "a car is far on the left and no bus is in view"),
+    (("and_no", "car", "bus"), [CAR_LEFT, BUS_AHEAD], "a bus is near ahead"),
+    (("and_no", "car", "red light"), [CAR_LEFT, lamp("red")], "the light is red"),
+    (("or", "car", "bus"), [BUS_AHEAD], "a bus is near ahead"),
+    (("or", "car", "bus"), [], "no car is in view and no bus is in view"),
+])
+def test_the_reason_names_the_cause(question, labels, reason):
+    assert reason_of(*question, labels) == reason
+
+
+def test_a_description_lists_certain_objects_nearest_first():
+    labels = [box("car", bottom=80), box("bus", centre=20, bottom=115), lamp("red", height=35.0, centre=100.0),
+              box("pedestrian", centre=100, bottom=105), box("truck", centre=64, bottom=60, width=5)]
+    text = "a red light near on the right , a bus near on the left , a pedestrian near on the right , a car far ahead"
+    view = view_of(*labels)
+    assert commands.describe(view, 9) == text and check_reason(text, view) == YES
+    assert commands.describe(view, 2) == ", ".join(text.split(", ")[:2]).strip(" ,")
+    assert commands.describe(view_of(), 4) == "nothing in view" and check_reason("nothing in view", view_of()) == YES
+
+
+def test_check_reason_denies_what_is_false_and_knows_its_grammar():
+    view = view_of(CAR_LEFT, BUS_AHEAD, lamp("red", centre=64.0))
+    for false in ("a car is near on the left", "a car is far on the right", "no car is in view", "a truck is in view",
+                  "the light is green", "no light is in view", "nothing is near ahead",
+                  "a bus is near ahead and no car is in view", "no car is on the right , one is near ahead",
+                  "nothing in view", "nothing is near on the left or ahead", "a green light far ahead"):
+        assert check_reason(false, view) == NO, false
+    for true in ("a car is far on the left", "no car is on the right , one is far on the left", "the light is red",
+                 "nothing is near on the left or on the right", "a bus near ahead , a red light far ahead"):
+        assert check_reason(true, view) == YES, true
+    for foreign in ("", "a dog is near ahead", "the light is blue", "a car is near ahead near", "red light the is",
+                    "one is near ahead", "a car is far on the left a bus is near ahead", "a bus is near ahead , and"):
+        assert check_reason(foreign, view) is None, foreign
+    assert check_reason("a car is far", view_of(box("car", bottom=92))) == MAYBE
+
+
+def test_every_reason_of_the_finished_commands_is_true(drawn):
+    for name in SETS:
+        assert drawn.items[name]
+        for item in drawn.items[name]:
+            assert check_reason(item["reason"], drawn.views[item["picture"]]) == YES, (name, item)
+
+
+def test_every_answer_of_the_finished_commands_follows_from_the_rules(drawn):
+    for name in SETS:
+        for item in drawn.items[name]:
+            if item["answer"] is not None:
+                assert question_of(item).truth(drawn.views[item["picture"]]) == (YES if item["answer"] else NO)
+            else:
+                place = item["place"] or None
+                assert item["reason"] == commands.describe(drawn.views[item["picture"]], drawn.cfg.max_describe, place)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_yes_and_no_are_equally_frequent_for_every_question(drawn, name):
+    counts = commands.balance(drawn.items[name])
+    assert len(counts) > 5
+    for cell, (yes, no) in counts.items():
+        assert yes == no >= drawn.cfg.min_cell, cell
+
+
+def test_no_picture_gives_its_answers_away(drawn):
+    counts = {}
+    for item in drawn.items["train"]:
+        if item["answer"] is not None:
+            counts.setdefault(item["picture"], [0, 0])[item["answer"]] += 1
+    assert sum(map(max, counts.values())) / sum(map(sum, counts.values())) <= 0.54
+    assert max(sum(c) for c in counts.values()) <= drawn.cfg.commands_stored
+    assert len(counts) > 0.95 * drawn.meta["splits"]["train"]
+
+
+def test_guessing_from_the_question_alone_scores_50(drawn):
+    """The majority answer of each question, and of each wording, learned from train, on the other sets."""
+    for key, tolerance in ((lambda i: question_of(i), 1e-9), (lambda i: i["command"], 0.06)):
+        votes = Counter()
+        for item in drawn.items["train"]:
+            if item["answer"] is not None:
+                votes[key(item)] += 1 if item["answer"] else -1
+        for name in ("val", "test", "ood"):
+            asked = [i for i in drawn.items[name] if i["answer"] is not None]
+            odds = [votes[key(i)] for i in asked]
+            found = train.balanced_accuracy([i["answer"] for i in asked], odds)
+            assert abs(found - 0.5) <= tolerance, (name, found)
+
+
+def test_no_picture_is_in_two_splits(drawn):
+    owner = {}
+    for name in SETS:
+        split = "test" if name.startswith("test") else name
+        for item in drawn.items[name]:
+            assert owner.setdefault(item["picture"], split) == split == drawn.frames[item["picture"]]["split"]
+    names = [f["name"] for f in drawn.frames]
+    assert len(set(names)) == len(names) == len(drawn.images)
+    assert [f["index"] for f in drawn.frames] == list(range(len(names)))
+
+
+def test_held_out_questions_and_paraphrases_are_never_trained_on(drawn):
+    last = {name: t.paraphrases[-1] for name, t in commands.TEMPLATES.items()}
+    last.update(describe=commands.DESCRIBE[-1], describe_at=commands.DESCRIBE_AT[-1])
+    last = {name: re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(form))) for name, form in last.items()}
+    for name in ("train", "val"):
+        for item in drawn.items[name]:
+            assert not question_of(item).held_out, item
+            assert not last[item["template"]].fullmatch(item["command"]), item
+    assert all(last[i["template"]].fullmatch(i["command"]) for i in drawn.items["test_words"])
+    assert all(question_of(i).held_out for i in drawn.items["test_combos"])
+    assert len({question_of(i) for i in drawn.items["test_combos"]}) >= 4
+    mirror = {tuple(swapped(part) for part in cell) for cell in commands.HELD_OUT}
+    assert mirror == commands.HELD_OUT, "a flip would turn a trained question into a held-out one"
+
+
+def test_splits_follow_from_the_name_alone():
+    names = [f"frame-{i}.jpg" for i in range(5000)]
+    shares = Counter(map(prepare.split_of, names))
+    assert abs(shares["train"] / 5000 - 0.8) < 0.02 and abs(shares["val"] / 5000 - 0.1) < 0.02
+    assert set(shares) == {"train", "val", "test"}
+    assert [prepare.split_of(f"frame-{i}.jpg") for i in (0, 1, 12, 13, 28)] == ["val", "train", "val", "test", "test"]
+
+
+def test_a_scene_is_the_same_for_the_same_name_and_seed():
+    spec = prepare.sample_scene("scene-000003", DEFAULTS)
+    assert spec == prepare.sample_scene("scene-000003", DEFAULTS)
+    assert spec != prepare.sample_scene("scene-000004", DEFAULTS)
+    assert spec != prepare.sample_scene("scene-000003", changed(DEFAULTS, scene_seed=8))
+    picture = prepare.draw_scene(spec, SIZE)
+    assert picture.shape == (SIZE, SIZE, 3) and picture.dtype == np.uint8 and picture.std() > 10
+    assert (picture == prepare.draw_scene(json.loads(json.dumps(spec)), SIZE)).all()
+
+
+def test_the_stored_pictures_and_labels_are_those_of_the_scenes(drawn):
+    for index in (0, 57, len(drawn.frames) - 1):
+        frame = drawn.frames[index]
+        spec = prepare.sample_scene(Path(frame["name"]).stem, drawn.cfg)
+        assert (prepare.draw_scene(spec, drawn.cfg.image_size) == drawn.images[index]).all()
+        stored = [dict(label, attributes={k: v for k, v in label["attributes"].items() if k != "occluded"})
+                  for label in frame["labels"]]
+        assert prepare.scene_frame(spec, drawn.cfg)["labels"] == stored
+
+
+def test_boxes_lie_in_the_picture_and_categories_are_known(drawn):
+    size = drawn.cfg.image_size
+    for frame in drawn.frames:
+        for label in frame["labels"]:
+            b = label["box2d"]
+            assert 0 <= b["x1"] < b["x2"] <= size and 0 <= b["y1"] < b["y2"] <= size
+            assert label["category"] in CATEGORIES
+    assert len({label["category"] for frame in drawn.frames for label in frame["labels"]}) >= 9
+
+
+def test_filters_hold_for_scenes_and_the_ood_set_is_outside_them(drawn):
+    for frame in drawn.frames:
+        inside = frame["attributes"]["weather"] == "clear" and frame["attributes"]["timeofday"] == "daytime"
+        assert inside == (frame["split"] != "ood")
+        assert frame["name"].startswith("ood") == (frame["split"] == "ood")
+    cfg = changed(DEFAULTS, weather="rainy, foggy", timeofday="night", scene="highway")
+    found = {tuple(prepare.sample_scene(f"s{i}", cfg)[k] for k in ("weather", "timeofday", "scene")) for i in range(30)}
+    assert found == {("rainy", "night", "highway"), ("foggy", "night", "highway")}
+    with pytest.raises(UserError, match="did you mean 'rainy'"):
+        prepare.sample_scene("s", changed(DEFAULTS, weather="raini"))
+
+
+def test_removing_an_object_changes_the_picture_inside_its_box(drawn):
+    """Labels belong to what is drawn: without the object, the pixels in its box are others."""
+    checked = Counter()
+    for index in range(0, 120, 2):
+        frame, picture = drawn.frames[index], drawn.images[index].astype(int)
+        spec = prepare.sample_scene(Path(frame["name"]).stem, drawn.cfg)
+        certain = {o.label for o in drawn.views[index].objects if o.seen == YES}
+        for i, o in enumerate(spec["objects"]):
+            without = dict(spec, objects=spec["objects"][:i] + spec["objects"][i + 1:])
+            left = prepare.scene_frame(without, drawn.cfg)["labels"]
+            gone = [lab for lab in frame["labels"] if lab["box2d"] not in [other["box2d"] for other in left]]
+            if not any(frame["labels"].index(lab) in certain for lab in gone):
+                continue
+            changes = np.abs(prepare.draw_scene(without, drawn.cfg.image_size).astype(int) - picture).max(-1) > 0
+            for label in gone:
+                if frame["labels"].index(label) in certain:
+                    x1, y1, x2, y2 = (round(label["box2d"][k]) for k in ("x1", "y1", "x2", "y2"))
+                    assert changes[y1:y2, x1:x2].mean() > 0.2, (frame["name"], label)
+                    checked[label["category"]] += 1
+    assert len(checked) >= 9
+
+
+def test_twins_change_only_what_they_edit_and_flip_the_answer_or_keep_it(drawn):
+    cfg, size = drawn.cfg, drawn.cfg.image_size
+    lines = Path(cfg.data_dir, "twins.jsonl").read_text(encoding="utf-8").splitlines()
+    twins = [json.loads(line) for line in lines]
+    items = [i for i in drawn.items["test"] if i["answer"] is not None]
+    assert len(twins) == len(items) and sum(t["flip"] is not None for t in twins) > 0.75 * len(twins)
+    seen = Counter()
+    for n, twin in enumerate(twins):
+        item = drawn.items["test"][twin["item"]]
+        frame = drawn.frames[item["picture"]]
+        spec = prepare.sample_scene(Path(frame["name"]).stem, cfg)
+        for role in ("flip", "neutral"):
+            edit = twin[role]
+            if edit is None:
+                continue
+            new = prepare.apply_edit(spec, edit)
+            truth = question_of(item).truth(View(prepare.scene_frame(new, cfg), cfg))
+            assert truth == (YES if item["answer"] == (role == "neutral") else NO), (role, item)
+            assert len(edit["remove"]) <= 1 and len(edit["add"]) <= 1
+            if n % 5 == 0:
+                seen[edit["kind"]] += 1
+                allowed = np.zeros((size, size), bool)
+                for o in [spec["objects"][i] for i in edit["remove"]] + edit["add"]:
+                    allowed |= touched(spec, o, size)
+                changes = (prepare.draw_scene(new, size) != drawn.images[item["picture"]]).any(-1)
+                assert not (changes & ~allowed).any() and (changes.any() or not allowed.any()), (role, item, edit)
+    assert set(seen) == {"remove", "add", "move", "recolour"}
+
+
+# ---- stored data ----
+
+def test_stored_tokens_are_the_written_commands(drawn):
+    for name in SETS:
+        data = train.Data(drawn.cfg, drawn.meta, name)
+        assert len(data.index) == len(data.tokens) == len(drawn.items[name])
+        for item, ids, (picture, prompt, length, answer) in list(zip(drawn.items[name], data.tokens, data.index))[::7]:
+            text = data.tokenizer.decode(ids)
+            verdict = {None: "", True: "[YES] ", False: "[NO] "}[item["answer"]]
+            assert text == f"{item['command']} ? {verdict}{item['reason']}"
+            assert picture == item["picture"] and ids[prompt - 1] == data.tokenizer.ids["?"]
+            assert ids[length - 1] == tokenizer.EOS and not ids[length:].any()
+            assert answer == {None: -1, True: 1, False: 0}[item["answer"]]
+
+
+def test_targets_are_the_next_tokens_from_the_answer_on(drawn):
+    data = train.Data(changed(drawn.cfg, commands_per_image=6, descriptions_per_image=1), drawn.meta, "train")
+    batch = data.batch(3, 8)
+    assert batch.tokens.shape == batch.targets.shape and batch.tokens.shape[:2] == (8, 6)
+    described = 0
+    for texts, goals in zip(batch.tokens, batch.targets):
+        for ids, goal in zip(texts.tolist(), goals.tolist()):
+            end, start = ids.index(tokenizer.EOS), ids.index(data.tokenizer.ids["?"])
+            assert goal == [-100] * start + ids[start + 1:end + 1] + [-100] * (len(ids) - end)
+            described += goal[start] not in (tokenizer.YES, tokenizer.NO)
+    assert described == 8
+    assert abs(batch.images.mean().item()) < 0.4 and 0.6 < batch.images.std().item() < 1.4
+
+
+def test_a_batch_depends_on_its_position_only(drawn):
+    one, two = (train.Data(drawn.cfg, drawn.meta, "train") for _ in range(2))
+    two.batch(100, 3)
+    a, b = one.batch(16, 8), two.batch(16, 8)
+    assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("images", "tokens", "targets"))
+    other = train.Data(changed(drawn.cfg, seed=1), drawn.meta, "train").batch(16, 8)
+    assert not torch.equal(a.images, other.images)
+
+
+def test_a_batch_of_8_is_two_batches_of_4(drawn):
+    data = train.Data(drawn.cfg, drawn.meta, "train")
+    start = len(data.pictures) - 4                                         # across the end of a pass
+    whole, halves = data.batch(start, 8), [data.batch(start, 4), data.batch(start + 4, 4)]
+    assert torch.equal(whole.images, torch.cat([h.images for h in halves]))
+    for rows, half in zip((slice(0, 4), slice(4, 8)), halves):
+        T = half.tokens.shape[-1]
+        assert torch.equal(whole.tokens[rows, :, :T], half.tokens) and not whole.tokens[rows, :, T:].any()
+        assert torch.equal(whole.targets[rows, :, :T], half.targets) and (whole.targets[rows, :, T:] == -100).all()
+
+
+def test_every_pass_shows_each_picture_once_in_another_order(drawn):
+    data = train.Data(changed(drawn.cfg, flip=0.0, jitter=0.0, commands_per_image=2), drawn.meta, "train")
+    n = len(data.pictures)
+    passes = []
+    for epoch in range(2):
+        shown = []
+        for start in range(epoch * n, (epoch + 1) * n, 32):
+            shown += pictures_shown(data.batch(start, min(32, (epoch + 1) * n - start)), data).tolist()
+        passes.append(shown)
+    assert sorted(passes[0]) == sorted(passes[1]) == data.pictures.tolist()
+    assert passes[0] != passes[1] and passes[0] != sorted(passes[0])
+
+
+def test_a_flip_mirrors_the_picture_and_its_words_and_keeps_the_truth(drawn):
+    plain, flipped = (train.Data(changed(drawn.cfg, flip=p, jitter=0.0, commands_per_image=16), drawn.meta, "train")
+                      for p in (0.0, 1.0))
+    templates, sided, known = set(), set(), {}
+    for start in range(0, 64, 16):
+        a, b = plain.batch(start, 16), flipped.batch(start, 16)
+        assert torch.equal(a.images.flip(-1), b.images)
+        learned = a.targets >= 0
+        assert torch.equal(learned, b.targets >= 0)
+        assert torch.equal(b.targets[..., :-1][learned[..., :-1]], b.tokens[..., 1:][learned[..., :-1]])
+        pictures = pictures_shown(a, plain)
+        for picture, rows, texts in zip(pictures, rows_of(a, plain, pictures), b.tokens.tolist()):
+            view = View(mirrored(drawn.frames[picture], drawn.cfg.image_size), drawn.cfg)
+            for row, ids in zip(rows, texts):
+                item = drawn.items["train"][row]
+                said = flipped.tokenizer.decode(ids)
+                command, _, rest = said.partition(" ? ")
+                reason = re.sub(r"^\[(YES|NO)\] ", "", rest)
+                assert command == swapped(item["command"]) and reason == swapped(item["reason"])
+                assert check_reason(reason, view) == check_reason(item["reason"], drawn.views[picture]), (item, said)
+                if item["answer"] is None:
+                    continue
+                question = Question(item["template"], swapped(item["first"]), swapped(item["second"]))
+                assert rest.startswith("[YES]") == item["answer"] == (question.truth(view) == YES)
+                assert question.truth(view) != MAYBE
+                if question not in known:
+                    forms = len(commands.TEMPLATES[question.template].paraphrases) - 1
+                    known[question] = set().union(*(wordings(question, k, 120) for k in range(forms)))
+                assert command in known[question]
+                templates.add(question.template)
+                sided |= {question.template} if question.place in ("left", "right") else set()
+    assert templates == set(commands.TEMPLATES) and sided == {"exists_at", "turn", "change", "clear"}
+
+
+def test_tags_are_the_words_of_the_four_descriptions_and_flip_with_the_picture(drawn):
+    plain, flipped = (train.Data(changed(drawn.cfg, flip=p, jitter=0.0), drawn.meta, "train") for p in (0.0, 1.0))
+    a, b = plain.batch(0, 16), flipped.batch(0, 16)
+    for picture, tags, mirror in zip(pictures_shown(a, plain), a.tags, b.tags):
+        said = [commands.describe(drawn.views[picture], drawn.cfg.max_describe, place).split()
+                for place in (None, *commands.PLACES)]
+        said[0] = sum(said, [])              # the scene's text stops after max_describe objects, the places' go on
+        for row, words_said in zip(tags, said):
+            assert [bool(t) for t in row] == [word in words_said for word in train.TAGS]
+        assert torch.equal(mirror, tags[[0, 3, 2, 1]])
+    assert 0.02 < a.tags.mean() < 0.5 and {"car", "red", "near"} <= set(train.TAGS)
+
+
+def test_a_crop_keeps_every_answer_reason_and_description(drawn):
+    """The stored pictures are replaced by a ramp that says which part of it a batch shows."""
+    cfg = changed(drawn.cfg, crop=0.35, flip=0.0, jitter=0.0, commands_per_image=6)
+    data, whole = train.Data(cfg, drawn.meta, "train"), train.Data(changed(cfg, crop=0.0), drawn.meta, "train")
+    size, pictures = cfg.image_size, []
+    ramp = 2 * np.arange(size, dtype=np.uint8)
+    stack = np.stack(np.broadcast_arrays(ramp[None, :], ramp[:, None], np.uint8(0)), -1)
+    for start in range(0, 160, 16):
+        pictures += pictures_shown(whole.batch(start, 16), whole).tolist()
+    data.images = np.broadcast_to(stack, (len(data.images), *stack.shape))
+    crops, certain, asked, inner = 0, 0, 0, np.arange(8, size - 8)
+    for start in range(0, 160, 16):
+        batch = data.batch(start, 16)
+        shown = as_pixels(batch.images, data)
+        rows = rows_of(batch, data, pictures[start:start + 16])
+        for picture, own, image in zip(pictures[start:start + 16], rows, shown):
+            slope, first = np.polyfit(inner + 0.5, image[inner, :, 1].mean(1) / 2 + 0.5, 1)
+            x = np.polyfit(inner + 0.5, image[:, inner, 0].mean(0) / 2 + 0.5, 1)[1]
+            if slope > 0.99:
+                continue
+            crops += 1
+            assert slope >= 0.64
+            view = View(moved(drawn.frames[picture], x, first, 1 / slope, size), cfg)
+            for item in (drawn.items["train"][r] for r in own):
+                wished = YES if item["answer"] is None else YES if item["answer"] else NO
+                said = check_reason(item["reason"], view)
+                truth = said if item["answer"] is None else question_of(item).truth(view)
+                assert said != NO and truth != 2 - wished, item
+                asked, certain = asked + 1, certain + (truth == wished and said == YES)
+    assert crops >= 10 and certain >= 0.99 * asked
+
+
+def test_jitter_leaves_a_lamp_its_colour(drawn):
+    cfg = changed(drawn.cfg, flip=0.0, jitter=0.0, commands_per_image=2)
+    plain, other = (train.Data(changed(cfg, jitter=j), drawn.meta, "train") for j in (0.0, 0.1))
+    lamps = Counter()
+    for start in range(0, 256, 32):
+        a, b = plain.batch(start, 32), other.batch(start, 32)
+        before, after = as_pixels(a.images, plain), as_pixels(b.images, other)
+        assert np.abs(before - after).mean() > 2
+        for k, picture in enumerate(pictures_shown(a, plain)):
+            for o in drawn.views[picture].objects:
+                if o.category == "traffic light" and o.colour in commands.COLOURS and o.seen == YES:
+                    b2 = drawn.frames[picture]["labels"][o.label]["box2d"]
+                    y, x = (slice(int(b2[c + "1"]), int(b2[c + "2"]) + 1) for c in "yx")
+                    patch = before[k, y, x].reshape(-1, 3)
+                    brightest = np.ptp(patch, axis=1).argmax()
+                    old, new = patch[brightest], after[k, y, x].reshape(-1, 3)[brightest]
+                    strongest = {"red": {0}, "yellow": {0}, "green": {1}}[o.colour]
+                    if old.argmax() in strongest and np.ptp(old) > 60:
+                        assert (np.argsort(new) == np.argsort(old)).all() or np.diff(np.sort(old)).min() < 20
+                        assert new.argmax() == old.argmax()
+                        lamps[o.colour] += 1
+    assert all(lamps[c] >= 5 for c in commands.COLOURS), lamps
+
+
+def test_data_of_other_settings_are_refused_with_the_difference_and_the_command(drawn, tmp_path):
+    assert prepare.load_meta(drawn.cfg)["hash"] == config.data_hash(drawn.cfg)
+    assert prepare.load_meta(changed(drawn.cfg, lr=1.0, seed=5, out_dir="elsewhere"))
+    with pytest.raises(UserError) as error:
+        prepare.load_meta(changed(drawn.cfg, min_pixels=9.5))
+    text = str(error.value)
+    assert "min_pixels=8.0 there, 9.5 now" in text and "python prepare.py" in text and "--min_pixels=9.5" in text
+    assert "place_margin" not in text and "\n" not in text
+
+
+def test_missing_or_broken_data_name_the_command_that_makes_them(drawn, tmp_path):
+    cfg = changed(drawn.cfg, data_dir=str(tmp_path))
+    for content in (None, "{half", '{"magic": "something else"}'):
+        if content:
+            (tmp_path / "meta.json").write_text(content)
+        with pytest.raises(UserError, match="python prepare.py") as error:
+            prepare.load_meta(cfg)
+        assert f"--data_dir={tmp_path}" in str(error.value)
+
+
+def test_a_bdd100k_folder_is_read_and_its_broken_parts_are_named(tmp_path):
+    records = bdd_folder(tmp_path / "bdd")
+    cfg = config.from_args([], source="bdd100k", bdd_dir=str(tmp_path / "bdd"), data_dir=str(tmp_path / "out"),
+                           workers=1, min_cell=1)
+    meta = prepare.prepare(cfg)
+    frames = [json.loads(line) for line in (tmp_path / "out" / "frames.jsonl").read_text().splitlines()]
+    broken, rainy = ["train06.jpg", "train07.jpg", "train08.jpg"], "train04.jpg"
+    assert [f["name"] for f in frames] == [n for n in records if n not in broken and n != rainy]
+    assert [f["index"] for f in frames] == list(range(22)) and meta["frames"] == 22 and meta["rejected"] == 3
+    with open(tmp_path / "out" / "rejected.csv", newline="", encoding="utf-8") as file:
+        rejected = list(csv.DictReader(file))
+    assert [r["name"] for r in rejected] == broken
+    assert "no picture" in rejected[0]["reason"] and all("cannot read" in r["reason"] for r in rejected[1:])
+    by_name = {f["name"]: f for f in frames}
+    kept = by_name["train01.jpg"]["labels"]
+    assert [lab["category"] for lab in kept] == ["car", "bicycle", "traffic light"]
+    assert [lab["box2d"] for lab in kept] == [
+        dict(x1=12.0, y1=pytest.approx(42.67), x2=36.0, y2=pytest.approx(120.89)),
+        dict(x1=0.0, y1=64.0, x2=24.0, y2=128.0),
+        dict(x1=40.0, y1=pytest.approx(7.11), x2=52.0, y2=pytest.approx(49.78))]
+    assert kept[2]["attributes"]["trafficLightColor"] == "green"
+    dropped = meta["labels_dropped"]
+    assert (dropped["no box"], dropped["empty or inverted box"], dropped["box outside the picture"]) == (1, 1, 1)
+    assert dropped["category 'spaceship'"] == 1 and dropped["category 'lane'"] == 2
+    assert by_name["train02.jpg"]["labels"] == by_name["train03.jpg"]["labels"] == []
+    images = np.load(tmp_path / "out" / "images.npy")
+    assert images.shape == (22, 128, 128, 3)
+    for f in frames:
+        assert abs(images[f["index"], 64, 64] - np.array([40 + int(f["name"][-6:-4]), 90, 140.0])).max() < 6, f["name"]
+        assert f["split"] == prepare.split_of(f["name"])
+    assert prepare.load_meta(cfg)["hash"] == config.data_hash(cfg)
+
+
+def test_malformed_bdd100k_records_stop_nothing(tmp_path):
+    """Each is kept without its malformed part, or rejected by name; the good frames stay."""
+    records = bdd_folder(tmp_path / "bdd")
+    path = tmp_path / "bdd" / "labels" / "bdd100k_labels_images_train.json"
+    listed = json.loads(path.read_text())
+    edges = dict(x1=1, y1=1, x2=90, y2=90)
+    for i, labels in ((10, [None]), (11, ["car"]), (12, dict(a=1)), (13, [dict(category=["car"], box2d=edges)]),
+                      (14, [dict(category="car", box2d=edges, attributes=[1])]),
+                      (15, [dict(category="car", box2d=[1, 2, 3])])):
+        listed[i]["labels"] = labels
+    listed[16]["attributes"] = ["clear"]
+    del listed[17]["name"]
+    path.write_text(json.dumps(listed))
+    cfg = config.from_args([], source="bdd100k", bdd_dir=str(tmp_path / "bdd"), data_dir=str(tmp_path / "out"),
+                           workers=1, min_cell=1)
+    prepare.prepare(cfg)
+    frames = [json.loads(line) for line in (tmp_path / "out" / "frames.jsonl").read_text().splitlines()]
+    kept, rejected = [f["name"] for f in frames], (tmp_path / "out" / "rejected.csv").read_text()
+    assert kept == [n for n in records if n in kept]
+    odd = [f"train{i:02d}.jpg" for i in range(10, 18)]
+    assert set(records) - set(kept) <= {"train04.jpg", "train06.jpg", "train07.jpg", "train08.jpg", *odd}
+    assert all(name in kept or name in rejected for name in odd[:6])
+
+
+def test_bdd100k_val_can_be_the_test_split_and_filters_can_be_strict(tmp_path):
+    bdd_folder(tmp_path / "bdd")
+    cfg = config.from_args([], source="bdd100k", bdd_dir=str(tmp_path / "bdd"), data_dir=str(tmp_path / "out"),
+                           workers=1, min_cell=1, val_is_test=True, keep_undefined=False)
+    prepare.prepare(cfg)
+    frames = [json.loads(line) for line in (tmp_path / "out" / "frames.jsonl").read_text().splitlines()]
+    assert "train05.jpg" not in {f["name"] for f in frames}
+    assert all((f["split"] == "test") == f["name"].startswith("val") for f in frames)
+    with pytest.raises(UserError, match="no frame passes"):
+        prepare.prepare(changed(cfg, weather="snowy"))
+    with pytest.raises(UserError, match="no data"):                        # a failed run leaves no data that look valid
+        prepare.load_meta(cfg)
+    with pytest.raises(UserError, match="not a folder"):
+        prepare.prepare(changed(cfg, bdd_dir=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("indent, ascii_only", [(None, True), (2, False)])
+def test_streaming_a_list_equals_loading_it(tmp_path, chunk, indent, ascii_only):
+    path = tmp_path / "list.json"
+    for records in (RECORDS, []):
+        path.write_text(json.dumps(records, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+        assert list(prepare.stream_list(path, chunk)) == json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+def test_streaming_refuses_what_is_no_whole_list_of_records(tmp_path, chunk):
+    path, text = tmp_path / "list.json", json.dumps(RECORDS)
+    for cut in (0, 1, 10, len(text) // 2, len(text) - 2, len(text) - 1):
+        path.write_text(text[:cut], encoding="utf-8")
+        with pytest.raises(UserError, match="list.json"):
+            list(prepare.stream_list(path, chunk))
+    for other in ('{"frames": []}', "[1, 2]", "hello", '["a"]', '[{"name": }]', "[nonsense]"):
+        path.write_text(other, encoding="utf-8")
+        with pytest.raises(UserError, match="list.json"):
+            list(prepare.stream_list(path, chunk))
+    path.write_bytes(b'[{"name": "\xff\xfe"}]')
+    with pytest.raises(UserError, match="list.json"):
+        list(prepare.stream_list(path, chunk))
+    with pytest.raises(UserError, match="absent.json"):
+        list(prepare.stream_list(tmp_path / "absent.json", chunk))
+
+
+def test_pictures_of_every_kind_become_upright_rgb(tmp_path):
+    grey, red = Image.new("L", (40, 30), 120), Image.new("RGB", (40, 30), (200, 30, 60))
+    palette = red.convert("P", palette=Image.Palette.ADAPTIVE)
+    deep = Image.fromarray(np.full((30, 40), 120 * 256 + 7, np.uint16))
+    kinds = {"grey.png": grey, "grey.jpg": grey, "deep.png": deep, "rgba.png": red.convert("RGBA"), "plain.jpg": red,
+             "cmyk.jpg": red.convert("CMYK"), "palette.png": palette}
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+        colour = (120, 120, 120) if name[0] in "gd" else (200, 30, 60)
+        whole, small = prepare.load_picture(tmp_path / name), prepare.load_picture(tmp_path / name, 16)
+        assert (whole.mode, whole.size, small.mode, small.size) == ("RGB", (40, 30), "RGB", (16, 16)), name
+        for image in (whole, small):
+            assert np.abs(np.asarray(image)[8, 8] - np.array(colour, float)).max() <= 8, name
+
+
+def test_a_rotated_photo_is_turned_upright(tmp_path):
+    picture = np.zeros((60, 40, 3), np.uint8)
+    picture[:30] = (250, 10, 10)                                           # upright: red above black
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                       # stored turned, to be shown turned back
+    Image.fromarray(picture).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    for size, expected in ((None, (40, 60)), (32, (32, 32))):
+        image = prepare.load_picture(tmp_path / "turned.jpg", size)
+        pixels = np.asarray(image).astype(int)
+        quarter = len(pixels) // 4
+        assert image.size == expected and pixels[quarter].mean(0)[0] > 200 and pixels[-quarter].mean(0)[0] < 50
+
+
+def test_what_is_no_picture_is_a_named_error(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "half.jpg")
+    full = (tmp_path / "half.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(full[:len(full) // 2])
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("half.jpg", "text.jpg", "empty.png", "absent.jpg", "."):
+        for size in (None, 32):
+            with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+                prepare.load_picture(tmp_path / name, size)
+
+
+# ---- training ----
+
+def test_accumulated_small_batches_learn_what_one_large_batch_learns(drawn, tmp_path):
+    same = dict(flip=0.0, jitter=0.0, max_steps=4, answer_weight=3.0, see_steps=1)
+    train.train(small_run(drawn, tmp_path / "a", batch_size=8, grad_accum=1, **same))
+    train.train(small_run(drawn, tmp_path / "b", batch_size=2, grad_accum=4, **same))
+    a, b = log_losses(tmp_path / "a"), log_losses(tmp_path / "b")
+    assert list(a) == list(b) == [1, 2, 3, 4] and all(abs(a[s] - b[s]) < 1e-4 for s in a)
+    assert a[4] < a[2]
+
+
+def test_resuming_after_an_interrupt_equals_never_stopping(drawn, tmp_path, monkeypatch):
+    cfg = small_run(drawn, tmp_path / "whole", max_steps=6, eval_every=4, dropout=0.2, see_steps=2)
+    finished = train.train(cfg)
+    cut = changed(cfg, out_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(cut)
+    assert train.load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == 3
+    again = train.train(changed(cut, resume=True))
+    assert log_losses(tmp_path / "cut") == log_losses(tmp_path / "whole")
+    a, b = (train.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert a["step"] == b["step"] == 6 and a["best"] == b["best"]
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    assert again["test_accuracy"] == finished["test_accuracy"]
+    with pytest.raises(UserError, match="lr was 0.002, now 0.1"):
+        train.train(changed(cut, resume=True, lr=0.1))
+
+
+def test_the_loss_logged_after_a_resume_is_a_mean_of_measured_losses(drawn, tmp_path, monkeypatch):
+    cfg = small_run(drawn, tmp_path / "whole")
+    train.train(cfg)
+    single = log_losses(tmp_path / "whole")
+    cut = changed(cfg, out_dir=str(tmp_path / "cut"), log_every=4)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(cut)
+    train.train(changed(cut, resume=True))
+    logged = log_losses(tmp_path / "cut")[4]
+    assert min(abs(logged - single[4]), abs(logged - np.mean(list(single.values())))) < 1e-4
+
+
+def test_learning_rate_warms_up_and_decays():
+    cfg = config.from_args(["--warmup_steps=10", "--max_steps=110", "--min_lr=0.1"])
+    scale = [train.lr_scale(s, cfg) for s in range(110)]
+    assert np.allclose(scale[:10], np.arange(1, 11) / 10) and scale[10] == 1.0
+    assert scale[60] == pytest.approx(0.55) and all(a > b for a, b in zip(scale[10:], scale[11:]))
+    assert scale[-1] == pytest.approx(0.1, abs=1e-3) and train.lr_scale(500, cfg) == pytest.approx(0.1)
+    steps = [train.lr_scale(s, changed(cfg, schedule="step", min_lr=0.001)) for s in (10, 69, 70, 94, 95, 109)]
+    assert steps == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    restarts = [train.lr_scale(s, changed(cfg, schedule="restarts", max_steps=310)) for s in range(310)]
+    for first in (10, 110, 210):
+        assert restarts[first] == pytest.approx(1, abs=1e-2) and restarts[first + 50] == pytest.approx(0.55, abs=1e-2)
+        assert restarts[first + 99] == pytest.approx(0.1, abs=1e-2)
+    assert {train.lr_scale(s, changed(cfg, schedule="constant")) for s in range(10, 110)} == {1.0}
+
+
+def test_weight_decay_spares_norms_biases_embeddings_and_positions(drawn, tmp_path, monkeypatch):
+    made, make = [], train.make_optimizer
+
+    def spied(model, *rest):
+        made.append((model, make(model, *rest)))
+        return made[0][1]
+    monkeypatch.setattr(train, "make_optimizer", spied)
+    train.train(small_run(drawn, tmp_path, weight_decay=0.07, lr=1e-3, lr_vision=2e-3, lr_projection=3e-3, max_steps=1,
+                          schedule="constant", warmup_steps=0))
+    model, optimizer = made[0]
+    found = {id(p): (group["weight_decay"], group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        decay, lr = found[id(p)]
+        spared = p.ndim < 2 or any(word in name for word in ("norm", "bias", "embedding", "positions"))
+        assert decay == (0 if spared else 0.07), name
+        assert lr == {"vision": 2e-3, "projection": 3e-3, "decoder": 1e-3}[name.split(".")[0]], name
+    assert {decay for decay, _ in found.values()} == {0, 0.07}
+
+
+@pytest.mark.parametrize("answer, yes, smooth, gamma", [(1, 1, 0, 0), (3, 1, 0, 0), (2, 1.5, 0, 0), (2, 1, 0.1, 0),
+                                                        (1, 1, 0, 2), (2, 0.5, 0.2, 1.5)])
+def test_token_loss_is_the_weighted_sum_it_says(answer, yes, smooth, gamma):
+    cfg = changed(DEFAULTS, answer_weight=answer, yes_weight=yes, label_smoothing=smooth, focal_gamma=gamma)
+    logits = np.random.default_rng(0).normal(size=(6, 9))
+    targets, expected, weights = [4, 5, 7, 2, 4, 8], 0.0, []
+    for row, target in zip(logits, targets):
+        log_p = row - np.log(np.exp(row).sum())
+        loss = -(1 - smooth) * log_p[target] - smooth * log_p.mean()
+        loss *= (1 - np.exp(log_p[target])) ** gamma if target in (4, 5) else 1
+        weights.append({4: answer * yes, 5: answer}.get(target, 1))
+        expected += weights[-1] * loss
+    goal = torch.tensor(targets)
+    assert train.token_weights(goal, cfg).tolist() == pytest.approx(weights)
+    found = train.token_loss(torch.tensor(logits, dtype=torch.float32), goal, cfg).item()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_balanced_accuracy_by_hand():
+    assert train.balanced_accuracy([1, 1, 0, 0], [2, 1, -1, -3]) == 1
+    assert train.balanced_accuracy([1, 1, 0, 0], [-2, -1, 1, 3]) == 0
+    assert train.balanced_accuracy([1, 1, 1, 0], [1, 1, 1, 1]) == 0.5
+    assert train.balanced_accuracy([1, 1, 1, 1, 0], [1, 1, 1, -1, -1]) == pytest.approx((0.75 + 1) / 2)
+    assert np.isnan(train.balanced_accuracy([1, 1], [1, -1])) and np.isnan(train.balanced_accuracy([], []))
+
+
+def test_prediction_reads_the_answer_at_the_question_mark(drawn):
+    cfg = small_run(drawn, "unused", eval_batch=5)
+    data = train.Data(cfg, drawn.meta, "val")
+    model = small_model(cfg, len(data.tokenizer))
+    rows, odds = train.predict(model, data, cfg, torch.device("cpu"), torch.float32)
+    assert sorted(rows) == [k for k, i in enumerate(drawn.items["val"]) if i["answer"] is not None]
+    for k in (0, len(rows) // 2, len(rows) - 1):
+        item = drawn.items["val"][rows[k]]
+        scaled = (drawn.images[item["picture"]] / 255 - np.array(data.mean)) / np.array(data.std)
+        images = torch.tensor(scaled.transpose(2, 0, 1)[None], dtype=torch.float32)
+        logits = model(images, torch.tensor([[data.tokenizer.prompt(item["command"])]]))[0, 0, -1]
+        assert odds[k] == pytest.approx((logits[tokenizer.YES] - logits[tokenizer.NO]).item(), abs=1e-4)
+    few, _ = train.predict(model, data, cfg, torch.device("cpu"), torch.float32, limit=60)
+    assert 30 <= len(few) <= 90 and set(few) <= set(rows)
+
+
+def test_a_blank_picture_hides_the_picture_and_a_wrong_one_is_another(drawn):
+    cfg = small_run(drawn, "unused")
+    data, other = (train.Data(cfg, drawn.meta, "val") for _ in range(2))
+    other.images = np.ascontiguousarray(drawn.images[::-1])
+    model = small_model(cfg, len(data.tokenizer))
+
+    def odds(of, picture):
+        return train.predict(model, of, cfg, torch.device("cpu"), torch.float32, picture, limit=200)[1]
+    assert np.array_equal(odds(data, "blank"), odds(other, "blank"))
+    assert not np.allclose(odds(data, "right"), odds(other, "right"), atol=1e-6)
+    assert not np.allclose(odds(data, "right"), odds(data, "blank"), atol=1e-6)
+    assert not np.allclose(odds(data, "right"), odds(data, "wrong"), atol=1e-6)
+
+
+def test_training_ends_with_the_test_score_of_its_best_checkpoint(drawn, tmp_path):
+    cfg = small_run(drawn, tmp_path, max_steps=5, save_top=2, eval_every=2)
+    result = train.train(cfg)
+    assert json.loads((tmp_path / "train.json").read_text())["steps"] == result["steps"] == 5
+    assert len(list(tmp_path.glob("best-*.pt"))) == 2
+    wished = changed(DEFAULTS, out_dir=str(tmp_path), device="cpu", data_dir=drawn.cfg.data_dir)
+    model, trained, spoken, state, device = train.load_model(wished)
+    assert trained.vision_dim == 32 and trained.data_dir == drawn.cfg.data_dir and not model.training
+    data = train.Data(trained, drawn.meta, "test")
+    rows, odds = train.predict(model, data, trained, device, torch.float32)
+    assert train.balanced_accuracy(data.index[rows, 3], odds) == pytest.approx(result["test_accuracy"])
+    assert spoken.words == data.tokenizer.words
+
+
+def test_a_broken_checkpoint_is_a_named_error(tmp_path):
+    train.save_checkpoint(tmp_path / "good.pt", dict(format=train.FORMAT, model={"w": torch.ones(2000)}))
+    assert train.load_checkpoint(tmp_path / "good.pt")["model"]["w"].sum() == 2000
+    full = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(full[:len(full) // 2])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"other": 1}, tmp_path / "foreign.pt")
+    for name in ("half.pt", "text.pt", "empty.pt", "foreign.pt", "absent.pt"):
+        with pytest.raises(UserError, match=name) as error:
+            train.load_checkpoint(tmp_path / name)
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(drawn, tmp_path, monkeypatch):
+    models, calls, loss = [], [], train.token_loss
+    monkeypatch.setattr(train, "VLM", lambda *args: models.append(VLM(*args)) or models[-1])
+    cfg = small_run(drawn, tmp_path, eval_every=2, max_steps=6)
+
+    def spoiled(logits, targets, cfg):
+        calls.append(1)
+        saved = (tmp_path / "last.pt").exists()                            # after the validation of step 2
+        return loss(logits, targets, cfg) * (float("nan") if saved else 1.0)
+    monkeypatch.setattr(train, "token_loss", spoiled)
+    with pytest.raises(UserError, match="step 2.*nothing was updated"):
+        train.train(cfg)
+    state = train.load_checkpoint(tmp_path / "last.pt")
+    assert state["step"] == 2 and calls
+    for name, p in models[0].named_parameters():
+        assert torch.equal(p.detach(), state["model"][name]), name
+
+
+def test_early_stopping_stops_when_nothing_improves(drawn, tmp_path, capsys):
+    still = dict(lr=1e-30, lr_vision=1e-30, lr_projection=1e-30, weight_decay=0.0)
+    result = train.train(small_run(drawn, tmp_path, max_steps=12, eval_every=1, early_stopping=2, **still))
+    assert result["steps"] == 3 and "stopping" in capsys.readouterr().out
+
+
+def test_prefetching_keeps_order_and_passes_errors_on():
+    assert list(train.prefetched(lambda i: i * i, 3, 9, 2)) == [9, 16, 25, 36, 49, 64]
+    with pytest.raises(ZeroDivisionError):
+        list(train.prefetched(lambda i: 1 / (i - 2), 0, 5, 2))
+
+
+# ---- evaluation ----
+
+
+def test_bootstrap_interval_by_hand():
+    """Two YES of three right, one NO of two right: (2/3 + 1/2) / 2; one picture only leaves nothing to vary."""
+    truth, said = [1, 1, 1, 0, 0], [1, 1, 0, 0, 1]
+    value, low, high = evaluate.bootstrap_interval(truth, said, [0] * 5, 200)
+    assert value == pytest.approx(100 * (2 / 3 + 1 / 2) / 2) and low == pytest.approx(value) == high
+    assert evaluate.bootstrap_interval([1, 1], [1, 0], [0, 1], 200) is None
+
+
+def test_bootstrap_interval_covers_the_truth_and_feels_the_pictures():
+    """A fair coin is covered in 90 to 99% of 200 tries; items that go together in a picture widen the interval."""
+    rng, covered, widths = np.random.default_rng(0), 0, []
+    for _ in range(200):
+        truth, said = np.arange(400) % 2, rng.integers(0, 2, 400)
+        _, low, high = evaluate.bootstrap_interval(truth, said, np.arange(400) // 2, 300)
+        covered += low <= 50 <= high
+    assert 180 <= covered <= 198
+    alike = np.repeat(rng.integers(0, 2, 40), 10)          # ten items of a picture, all right or all wrong
+    for pictures_of in (np.repeat(np.arange(40), 10), np.arange(400)):
+        _, low, high = evaluate.bootstrap_interval(truth, np.where(alike, truth, 1 - truth), pictures_of, 500)
+        widths.append(high - low)
+    assert widths[0] > 2 * widths[1]
+
+
+def test_evaluate_writes_the_page_with_controls_and_failures(drawn, tmp_path, capsys):
+    """An untrained model is near 50 everywhere, and every wrong answer is listed once."""
+    cfg = SimpleNamespace(**{**vars(drawn.cfg), **SMALL, "out_dir": str(tmp_path), "bootstrap": 200})
+    torch.manual_seed(0)
+    words_known = commands.vocabulary()
+    model = VLM(cfg, len(Tokenizer(words_known)))
+    train.save_checkpoint(tmp_path / "best.pt", dict(
+        format=train.FORMAT, model=model.state_dict(), config=vars(cfg), words=words_known, step=0,
+        mean=drawn.meta["mean"], std=drawn.meta["std"], data_hash=drawn.meta["hash"]))
+    page = evaluate.evaluate(cfg)
+    assert page == json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert set(page["controls"]) == {"blank picture", "wrong picture"}
+    assert set(page["held out"]) == {"test_words", "test_combos"}
+    questions = [i for i in drawn.items["test"] if i["answer"] is not None]
+    assert page["overall"]["all"]["n"] == len(questions) == sum(r["n"] for r in page["family"].values())
+    assert 40 < page["overall"]["all"]["accuracy"] < 60
+    wrong = [json.loads(x) for x in (tmp_path / "failures.jsonl").read_text(encoding="utf-8").splitlines()]
+    yes = sum(i["answer"] for i in questions)
+    missed = sum(w["truth"] == "YES" for w in wrong)
+    assert page["overall"]["all"]["accuracy"] == pytest.approx(
+        50 * ((yes - missed) / yes + 1 - (len(wrong) - missed) / (len(questions) - yes)), abs=0.001)
+    assert all((w["p_yes"] > 0.5) == (w["truth"] == "NO") for w in wrong if w["p_yes"] != 0.5)
+    assert "vision gain" in capsys.readouterr().out
+
+
+# ---- answering ----
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(folder, cfg, the five of train.load_model): a tiny untrained model as checkpoint, and two drawn pictures."""
+    root = tmp_path_factory.mktemp("answer")
+    cfg = config.from_args(device="cpu", image_size=32, patch_size=8, stem_width=8, vision_dim=16, vision_layers=1,
+                           vision_heads=2, vision_ffn_dim=16, text_dim=16, text_layers=2, text_heads=4, text_kv_heads=2,
+                           text_head_dim=8, text_ffn_dim=16, max_text=24, max_new_tokens=8, out_dir=str(root))
+    torch.manual_seed(0)
+    words = commands.vocabulary()
+    model = VLM(cfg, len(Tokenizer(words)))
+    train.save_checkpoint(root / "best.pt", dict(format=train.FORMAT, model=model.state_dict(), config=vars(cfg),
+                                                 words=words, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3]))
+    (root / "pictures").mkdir()
+    for name in ("b", "a"):
+        picture = prepare.draw_scene(prepare.sample_scene(name, cfg), 64)
+        Image.fromarray(np.asarray(picture)).save(root / "pictures" / f"{name}.png")
+    return root, cfg, train.load_model(cfg)
+
+
+def asked(saved, **changes):
+    """Settings that ask about picture a, with changes; figures go to a folder of the checkpoint's."""
+    root, cfg, _ = saved
+    return SimpleNamespace(**{**vars(cfg), "checkpoint": str(root / "best.pt"), "command": "is there a bus?",
+                              "image": str(root / "pictures" / "a.png"), **changes})
+
+
+def test_answer_maps_are_the_models_own_cross_attention(saved):
+    root, cfg, loaded = saved
+    model, _, tokenizer, state, device = loaded
+    picture = np.asarray(prepare.load_picture(root / "pictures" / "a.png", cfg.image_size))
+    result = visualize.answer(*loaded, picture, "Is there a bus, on the LEFT?!")
+    assert result["words"] == ["is", "there", "a", "bus", ",", "on", "the", "left"]
+    assert result["maps"].shape == (9, 4, 4) and result["maps"].dtype == np.float32
+    np.testing.assert_allclose(result["maps"].sum((1, 2)), 1, atol=1e-5)
+    image = (picture.astype(np.float32) / 255 - np.float32(state["mean"])) / np.float32(state["std"])
+    ids = torch.tensor([tokenizer.prompt("is there a bus , on the left")])
+    with torch.no_grad():
+        logits, attn = model(torch.from_numpy(image.transpose(2, 0, 1)[None].copy()), ids, return_attn=True)
+    assert tokenizer.words[ids[0, 4]] == "bus" and tokenizer.words[ids[0, -1]] == "?"
+    for shown, token in ((3, 4), (8, ids.shape[1] - 1)):                          # "bus" and the answer
+        mean = attn["cross"][:, 0, :, token].mean((0, 1)).view(4, 4)
+        np.testing.assert_allclose(result["maps"][shown], mean.numpy(), atol=1e-6)
+    assert np.abs(result["maps"][3] - result["maps"][8]).max() > 1e-5             # or the test above could not tell
+    images = visualize.normalise(picture[None], state)
+    one, _ = visualize.attention_maps(model, images, ids[None], layers=[1], heads=[2])
+    torch.testing.assert_close(one[0, 0, 4], attn["cross"][1, 0, 2, 4].view(4, 4))
+
+
+def test_answer_gives_verdict_probability_and_reason(saved):
+    root, cfg, _ = saved
+    picture = np.asarray(prepare.load_picture(root / "pictures" / "a.png", cfg.image_size))
+    for beam in (1, 3):
+        loaded = train.load_model(asked(saved, beam=beam))
+        model, _, tokenizer, state, _ = loaded
+        ids = torch.tensor([[tokenizer.prompt("is there a bus")]])
+        plain, bias = model.decoder.logits, torch.zeros(len(tokenizer))
+        bias[[4, 5]] = 20.0
+        answers = []
+        for yes in (0.7, -0.2):
+            bias[4] = 20.0 + yes
+            # The pass that answers gives logits of all tokens (3 axes), generation of the last one only (2 axes).
+            model.decoder.logits = lambda hidden: plain(hidden) + bias * (hidden.ndim == 3)
+            _, logits = visualize.attention_maps(model, visualize.normalise(picture[None], state), ids)
+            p_yes = logits[0, 0, -1, [4, 5]].softmax(-1)[0].item()
+            result = visualize.answer(*loaded, picture, "is there a bus")
+            assert result["verdict"] == ("YES" if p_yes > 0.5 else "NO")
+            assert result["probability"] == pytest.approx(max(p_yes, 1 - p_yes), abs=1e-5)
+            assert "[" not in result["reason"].replace("[UNK]", "").replace("[SOS]", "")
+            answers.append(p_yes)
+            described = visualize.answer(*loaded, picture, "Describe the scene.")     # known by its words
+            assert described["verdict"] is None and described["probability"] is None
+        assert answers[0] > answers[1]
+        bias[[4, 5]] = -20.0                               # known by its first word
+        model.decoder.logits = lambda hidden: plain(hidden) + bias
+        assert visualize.answer(*loaded, picture, "is there a bus")["verdict"] is None
+
+
+def test_entropy_of_a_map():
+    maps = np.zeros((2, 4, 4))
+    maps[0], maps[1, 2, 1] = 1 / 16, 1
+    np.testing.assert_allclose(visualize.entropy(maps), [math.log(16), 0])
+    assert f"{visualize.entropy(maps)[1]:.2f}" == "0.00"
+
+
+def test_one_picture_is_answered_and_drawn(saved, tmp_path, capsys):
+    visualize.main(asked(saved, out_dir=str(tmp_path), command="Is there a $x{$ bus on the left?"))
+    lines = capsys.readouterr().out.splitlines()
+    figure = tmp_path / "answer" / "a-is-there-a-x-bus-on-the-left.png"
+    assert lines[-1] == f"figure: {figure}"
+    with Image.open(figure) as image:
+        assert round(image.info["dpi"][0]) == 200 and min(image.size) > 300
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 100
+
+
+def test_a_folder_is_answered_in_order_without_the_broken(saved, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "pictures"
+    shutil.copytree(saved[0] / "pictures", folder)
+    (folder / "aa.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("not a picture, and not meant as one")
+    shutil.copy(folder / "b.png", folder / "b.bmp")                               # same stem: no figure is overwritten
+    backwards = sorted(folder.iterdir(), reverse=True)                            # a folder has no order of its own
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(backwards))
+    visualize.main(asked(saved, image=str(folder), out_dir=str(tmp_path)))
+    monkeypatch.undo()
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.out.splitlines()] == ["a.png", "b.bmp", "b.png"]
+    assert said.err.count("\n") == 1 and "aa.jpg" in said.err and "skipped" in said.err
+    assert len(list((tmp_path / "answer").glob("*.png"))) == 3
+
+
+def test_an_unknown_word_is_named_with_the_nearest(saved, tmp_path, capsys):
+    visualize.main(asked(saved, out_dir=str(tmp_path), command="is there a trukc or a zzzzzz"))
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == 2 and "'trukc'" in warned[0] and "'truck'" in warned[0] and "'zzzzzz'" in warned[1]
+
+
+def test_what_cannot_be_answered_is_said_in_one_line(saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_bytes(b"")
+    for changes, words in [
+            (dict(image="", command=""), ["--image", "--command"]), (dict(command=""), ["--command"]),
+            (dict(image=""), ["--image"]), (dict(command=" ?!. "), ["no word"]),
+            (dict(command="is there a bus " * 4), ["16 words", "14 fit", "max_text=24"]),
+            (dict(max_new_tokens=22), ["max_new_tokens=22", "max_text=24"]),
+            (dict(command="is there [PAD] a bus"), ["[PAD]"]),
+            (dict(checkpoint=str(tmp_path / "none.pt")), ["none.pt", "python train.py"]),
+            (dict(image=str(tmp_path / "none.jpg")), ["none.jpg"]), (dict(image=str(tmp_path / "file")), ["file"]),
+            (dict(image=str(tmp_path / "empty")), ["empty", "no pictures"]),
+            (dict(image=str(tmp_path / "broken")), ["broken", "none"]),
+            (dict(out_dir=str(tmp_path / "file" / "out")), ["out_dir", "file"])]:
+        with pytest.raises(config.UserError) as error:
+            visualize.main(asked(saved, **{"out_dir": str(tmp_path), **changes}))
+        assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+    visualize.main(asked(saved, out_dir=str(tmp_path), command="a " * 14))        # as many as fit
+
+
+def test_the_script_ends_with_status_2_and_one_line(saved, tmp_path, monkeypatch, capsys):
+    given = [f"--image={tmp_path / 'none.png'}", "--command=is there a bus", f"--checkpoint={saved[0] / 'best.pt'}",
+             "--device=cpu", "--max_new_tokens=8"]
+    done = subprocess.run([sys.executable, visualize.__file__, *given], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["visualize.py", "--image=x.png"])
+    with pytest.raises(SystemExit) as stop:
+        config.run(visualize.main, visualize.__doc__)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

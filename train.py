@@ -1,8 +1,9 @@
 """Training: batches of pictures with several commands each, the losses, AdamW with a hand-written schedule, the loop.
 
-- Prepares the data itself when they are missing; ends with the accuracy on the test split and a block of `key: value`.
-- Every batch is a function of (seed, position): resuming needs no loader state, and 4 x 8 accumulated equals 32 at once.
-- Augmentation never changes the truth: a flip swaps left and right in the text, a crop is made only if all answers hold.
+- Prepares the data itself when they are missing; ends with the test accuracy and a block of `key: value` lines.
+- Two stages in one loop: first the vision encoder learns to see from the words of descriptions, then all learn to read.
+- A batch is a function of (seed, position): resuming needs no loader state, and 4 x 8 accumulated equals 32 at once.
+- Augmentation keeps the truth: a flip swaps left and right in the text, a crop is made only if all answers hold.
 - best.pt by validation balanced accuracy, last.pt to go on from, log.csv beside them; Ctrl-C saves.
 
     python train.py                                   default: minutes on 2 CPU cores
@@ -19,7 +20,6 @@ import json
 import math
 import os
 import queue
-import sys
 import threading
 import time
 from pathlib import Path
@@ -33,7 +33,7 @@ import config
 import prepare
 from config import UserError
 from model import VLM, pick_device
-from tokenizer import EOS, IGNORE, NO, PAD, YES, Tokenizer
+from tokenizer import IGNORE, NO, PAD, YES, Tokenizer
 
 FORMAT = 1                    # of checkpoints
 # What may differ when a run goes on; any other setting would change what was being trained.
@@ -94,9 +94,10 @@ class Data:
     def batch(self, position, size):
         """The training batch of `size` pictures from global picture counter `position` on."""
         cfg, n, rows, pictures, gains, tags = self.cfg, len(self.pictures), [], [], [], []
+        orders = {e: np.random.default_rng([cfg.seed, e]).permutation(n)          # of each pass over the pictures
+                  for e in range(position // n, (position + size - 1) // n + 1)}
         for p in range(position, position + size):
-            order = np.random.default_rng([cfg.seed, p // n]).permutation(n) if p % n == 0 or p == position else order
-            rng, k = np.random.default_rng([cfg.seed, 1, p]), order[p % n]
+            rng, k = np.random.default_rng([cfg.seed, 1, p]), orders[p // n][p % n]
             picture = self.images[self.pictures[k]]
             items = np.arange(self.starts[k], self.ends[k])
             asked, descriptions = items[self.index[items, 3] >= 0], items[self.index[items, 3] < 0]
@@ -136,7 +137,7 @@ class Data:
         return Batch(*map(torch.from_numpy, (images, tokens, targets, np.stack(tags))))
 
     def _crop(self, picture, chosen, rng):
-        """A random crop of `picture`, resized back, if every chosen command keeps its answer, reason and description."""
+        """A random crop of `picture`, resized back, if the chosen commands keep their answers and texts."""
         cfg, size = self.cfg, picture.shape[0]
         side = size * (1 - rng.uniform(0, cfg.crop))
         x, y = rng.uniform(0, size - side, 2)
@@ -193,7 +194,7 @@ def prefetched(make, first, last, depth):
 # ---- losses ----
 
 def token_weights(targets, cfg):
-    """Weight of each learned token in the loss: (M,) float. [YES] and [NO] weigh answer_weight, [YES] yes_weight times it."""
+    """Weights (M,) of the learned tokens: answer_weight for [NO], that times yes_weight for [YES], 1 for the rest."""
     weights = torch.ones(targets.shape, device=targets.device)
     weights[(targets == YES) | (targets == NO)] = cfg.answer_weight
     weights[targets == YES] *= cfg.yes_weight
@@ -264,7 +265,7 @@ def batch_loss(model, tagger, batch, cfg, total_weight, read=True):
     loss = loss + text_loss
     if cfg.contrast_weight:       # the longest text of a picture, mostly its description, is the one that names it
         words = torch.where(batch.targets[:, 0] >= 0, batch.targets[:, 0], PAD)
-        words = words.gather(1, torch.argsort((words == PAD).int(), dim=1, stable=True))   # the reason, moved to the left
+        words = words.gather(1, torch.argsort((words == PAD).int(), dim=1, stable=True))      # moved to the left
         loss = loss + cfg.contrast_weight * model.contrastive_loss(vision, words) / cfg.grad_accum
     return loss
 
@@ -275,7 +276,8 @@ def make_optimizer(model, tagger, cfg, device):
     """AdamW with a learning rate for each part and weight decay on matrices only."""
     rates, groups = {"vision": cfg.lr_vision, "projection": cfg.lr_projection, "decoder": cfg.lr, "contrast": cfg.lr,
                      "tagger": cfg.lr_vision}, {}
-    named = list(model.named_parameters()) + [(f"tagger.{n}", p) for n, p in (tagger.named_parameters() if tagger else ())]
+    named = list(model.named_parameters())
+    named += [(f"tagger.{name}", p) for name, p in tagger.named_parameters()] if tagger else []
     for name, p in named:
         part = name.split(".")[0]
         decays = p.ndim >= 2 and not any(word in name for word in ("embedding", "positions"))
@@ -444,7 +446,8 @@ def train(cfg):
     meta = prepare.load_meta(cfg)
     device = pick_device(cfg)
     dtype, reason = pick_dtype(cfg, device)
-    print(f"device {device}, dtype {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"device {device}, dtype {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out_dir)
     try:
@@ -477,13 +480,15 @@ def train(cfg):
     parameters = sum(p.numel() for p in model.parameters())
     pairs = cfg.batch_size * cfg.grad_accum * cfg.commands_per_image
     print(f"{parameters / 1e6:.2f}M parameters; {len(data.pictures)} training pictures, {len(data.index)} commands; "
-          f"{cfg.max_steps} updates of {pairs} pairs, {cfg.max_steps * pairs / cfg.commands_per_image / len(data.pictures):.1f} passes")
+          f"{cfg.max_steps} updates of {pairs} pairs, the first {cfg.see_steps if tagger else 0} of pictures alone, "
+          f"{cfg.max_steps * pairs / cfg.commands_per_image / len(data.pictures):.1f} passes")
 
     def checkpoint(path):
         save_checkpoint(path, dict(
-            format=FORMAT, model=model.state_dict(), tagger=tagger and tagger.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            step=step, best=best, since_best=since_best, top=top, rng=torch.get_rng_state(), config=vars(cfg),
-            words=data.tokenizer.words[6:], mean=meta["mean"], std=meta["std"], data_hash=meta["hash"]))
+            format=FORMAT, model=model.state_dict(), tagger=tagger and tagger.state_dict(),
+            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, best=best,
+            since_best=since_best, top=top, rng=torch.get_rng_state(), config=vars(cfg), mean=meta["mean"],
+            std=meta["std"], data_hash=meta["hash"], words=data.tokenizer.words[6:]))
 
     def micro_batches(update):
         first = update * cfg.grad_accum * cfg.batch_size
@@ -531,7 +536,8 @@ def train(cfg):
                 loss += share.item()
             scaler.unscale_(optimizer)
             limit = cfg.grad_clip or math.inf
-            norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], limit).item()
+            learned = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(learned, limit).item()
             # float16 meets infinite gradients by design: its scaler skips the update and lowers the scale
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
                 raise UserError(f"the loss is {loss}, the gradient norm {norm} at step {step}: nothing was updated. "
@@ -543,8 +549,10 @@ def train(cfg):
 
             if step % cfg.log_every == 0 or step == cfg.max_steps:
                 now = time.time()
-                ms = 1000 * (now - mark - looked) / since
-                row = [step, loss_sum / since, optimizer.param_groups[-1]["lr"], norm, ms, 1000 * pairs / ms, waited / (now - mark - looked)]
+                spent = now - mark - looked
+                ms = 1000 * spent / since
+                row = [step, loss_sum / since, optimizer.param_groups[-1]["lr"], norm, ms, 1000 * pairs / ms,
+                       waited / spent]
                 left = (cfg.max_steps - step) * ms / 1000
                 print(f"step {step}/{cfg.max_steps}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  "
                       f"{row[5]:.0f} pairs/s  wait {100 * row[6]:.0f}%  eta {left:.0f} s", flush=True)
@@ -563,8 +571,8 @@ def train(cfg):
                     _, attn = model(probe.images.to(device), probe.tokens.to(device), return_attn=True)
                 entropy = attention_entropy(attn["cross"].cpu(), probe.tokens.flatten(0, 1)).item()
                 print(f"--- step {step}: val balanced accuracy {100 * accuracy:.2f}%, answer loss {val_loss:.4f} "
-                      f"(guessing: 0.693), cross-attention entropy {entropy:.2f} of {math.log(attn['cross'].shape[-1]):.2f}, "
-                      f"{time.time() - start:.0f} s", flush=True)
+                      f"(guessing: 0.693), cross-attention entropy {entropy:.2f} of "
+                      f"{math.log(attn['cross'].shape[-1]):.2f}, {time.time() - start:.0f} s", flush=True)
                 log.writerow([step] + [""] * 6 + [f"{accuracy:.6f}", f"{val_loss:.6f}", f"{entropy:.4f}",
                                                   f"{time.time() - start:.1f}"])
                 log_file.flush()
@@ -606,7 +614,8 @@ def train(cfg):
         mine = np.array([items[r]["family"] == family for r in rows])
         families[family] = balanced_accuracy(truth[mine], odds[mine])
     result = dict(test_accuracy=balanced_accuracy(truth, odds), **{f"test_{k}": v for k, v in families.items()},
-                  val_accuracy=best, parameters=parameters, steps=step, seed=cfg.seed, seconds=round(time.time() - start, 1))
+                  val_accuracy=best, parameters=parameters, steps=step, seed=cfg.seed,
+                  seconds=round(time.time() - start, 1))
     print("---")
     for name, value in result.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

@@ -208,8 +208,8 @@ def draw_answer(path, picture, result, cfg, tokenizer):
     draw_maps(path, np.asarray(picture), labels + ["answer" if result["verdict"] else "description"], result["maps"],
               [tidy(" ".join(result["words"])) + "?" * bool(result["verdict"]),
                f"{verdict_text(result)}: {tidy(result['reason'])}"],
-              f"Cross-attention over {side} × {side} patches, mean of {cfg.text_layers} layers × {cfg.text_heads} heads;"
-              f" 1 = uniform. H: entropy (% of its maximum, {math.log(side * side):.2f} nats).",
+              f"Cross-attention over {side} × {side} patches, mean of {cfg.text_layers} layers × {cfg.text_heads} "
+              f"heads; 1 = uniform. H: entropy (% of its maximum, {math.log(side * side):.2f} nats).",
               f"picture, {cfg.image_size} px")
 
 
