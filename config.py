@@ -80,7 +80,7 @@ grad_accum = 1                # micro-steps an update; the effective batch is ba
 commands_per_image = 8        # commands a step for each image, descriptions included
 descriptions_per_image = 2    # of them descriptions: of the scene, the left, the way ahead or the right
 max_steps = 4700              # updates
-see_steps = 2500              # of them first for the vision encoder alone, from the words of descriptions; cheap
+see_steps = 2500              # of them (60% at most) first for the encoder alone, from the words of descriptions
 tag_weight = 1.0              # weight of that loss, in both stages; 0 = train on text alone, from the start
 lr = 2e-3                     # peak learning rate of the decoder
 lr_projection = 1e-3          # of the vision-to-language projection

@@ -272,6 +272,11 @@ def batch_loss(model, tagger, batch, cfg, total_weight, read=True):
 
 # ---- optimizer and schedule ----
 
+def first_stage(cfg):
+    """Updates of the first stage, in which only the encoder learns."""
+    return min(cfg.see_steps, int(0.6 * cfg.max_steps)) if cfg.tag_weight else 0
+
+
 def make_optimizer(model, tagger, cfg, device):
     """AdamW with a learning rate for each part and weight decay on matrices only."""
     rates, groups = {"vision": cfg.lr_vision, "projection": cfg.lr_projection, "decoder": cfg.lr, "contrast": cfg.lr,
@@ -480,7 +485,7 @@ def train(cfg):
     parameters = sum(p.numel() for p in model.parameters())
     pairs = cfg.batch_size * cfg.grad_accum * cfg.commands_per_image
     print(f"{parameters / 1e6:.2f}M parameters; {len(data.pictures)} training pictures, {len(data.index)} commands; "
-          f"{cfg.max_steps} updates of {pairs} pairs, the first {cfg.see_steps if tagger else 0} of pictures alone, "
+          f"{cfg.max_steps} updates of {pairs} pairs, the first {first_stage(cfg)} of pictures alone, "
           f"{cfg.max_steps * pairs / cfg.commands_per_image / len(data.pictures):.1f} passes")
 
     def checkpoint(path):
@@ -520,7 +525,7 @@ def train(cfg):
                 frozen = freeze
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_scale(step, cfg)
-            read = step >= cfg.see_steps or tagger is None
+            read = step >= first_stage(cfg)
 
             before = time.time()
             micros = next(batches)
@@ -553,9 +558,10 @@ def train(cfg):
                 ms = 1000 * spent / since
                 row = [step, loss_sum / since, optimizer.param_groups[-1]["lr"], norm, ms, 1000 * pairs / ms,
                        waited / spent]
-                left = (cfg.max_steps - step) * ms / 1000
-                print(f"step {step}/{cfg.max_steps}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  "
-                      f"{row[5]:.0f} pairs/s  wait {100 * row[6]:.0f}%  eta {left:.0f} s", flush=True)
+                stage, end, speed = ("read", cfg.max_steps, f"{row[5]:.0f} pairs/s") if read else \
+                    ("see", first_stage(cfg), f"{row[5] / cfg.commands_per_image:.0f} images/s")
+                print(f"{stage} {step}/{end}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  {speed}  "
+                      f"wait {100 * row[6]:.0f}%  eta {(end - step) * ms / 1000:.0f} s", flush=True)
                 log.writerow([f"{x:.6g}" for x in row] + ["", "", "", f"{now - start:.1f}"])
                 log_file.flush()
                 if board:
