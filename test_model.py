@@ -453,8 +453,8 @@ def test_initial_sizes():
     cfg = config.from_args([], image_size=64)
     model = VLM(cfg, 300)
     close(model.decoder.blocks[0].attn.q.weight.std(), torch.tensor(128 ** -0.5), 2e-3)
-    close(model.decoder.blocks[0].ffn.down.weight.std(), torch.tensor(256 ** -0.5 / math.sqrt(12)), 2e-3)
-    close(model.vision.blocks[0].down.weight.std(), torch.tensor(512 ** -0.5 / math.sqrt(8)), 2e-3)
+    close(model.decoder.blocks[0].ffn.down.weight.std(), torch.tensor(256 ** -0.5 / math.sqrt(3 * cfg.text_layers)), 1e-3)
+    close(model.vision.blocks[0].down.weight.std(), torch.tensor(512 ** -0.5 / math.sqrt(2 * cfg.vision_layers)), 1e-3)
     close(model.decoder.embedding.weight.std() * math.sqrt(128), torch.tensor(1.0), 2e-2)
     assert 0.2 < model.features(pictures(2, 64))["stem"].std() < 2
 
@@ -1433,7 +1433,7 @@ def test_data_of_other_settings_are_refused_with_the_difference_and_the_command(
     with pytest.raises(UserError) as error:
         prepare.load_meta(changed(drawn.cfg, min_pixels=9.5))
     text = str(error.value)
-    assert "min_pixels=8.0 there, 9.5 now" in text and "python prepare.py" in text and "--min_pixels=9.5" in text
+    assert "min_pixels=10.0 there, 9.5 now" in text and "python prepare.py" in text and "--min_pixels=9.5" in text
     assert "place_margin" not in text and "\n" not in text
 
 
@@ -1852,6 +1852,11 @@ def saved(tmp_path_factory):
     return root, cfg, train.load_model(cfg)
 
 
+def tensor_of(picture, state):
+    """One uint8 picture as the model takes it: (1, 3, S, S)."""
+    return torch.from_numpy(train.normalise(picture[None], state["mean"], state["std"]))
+
+
 def asked(saved, **changes):
     """Settings that ask about picture a, with changes; figures go to a folder of the checkpoint's."""
     root, cfg, _ = saved
@@ -1876,7 +1881,7 @@ def test_answer_maps_are_the_models_own_cross_attention(saved):
         mean = attn["cross"][:, 0, :, token].mean((0, 1)).view(4, 4)
         np.testing.assert_allclose(result["maps"][shown], mean.numpy(), atol=1e-6)
     assert np.abs(result["maps"][3] - result["maps"][8]).max() > 1e-5             # or the test above could not tell
-    images = visualize.normalise(picture[None], state)
+    images = tensor_of(picture, state)
     one, _ = visualize.attention_maps(model, images, ids[None], layers=[1], heads=[2])
     torch.testing.assert_close(one[0, 0, 4], attn["cross"][1, 0, 2, 4].view(4, 4))
 
@@ -1895,7 +1900,7 @@ def test_answer_gives_verdict_probability_and_reason(saved):
             bias[4] = 20.0 + yes
             # The pass that answers gives logits of all tokens (3 axes), generation of the last one only (2 axes).
             model.decoder.logits = lambda hidden: plain(hidden) + bias * (hidden.ndim == 3)
-            _, logits = visualize.attention_maps(model, visualize.normalise(picture[None], state), ids)
+            _, logits = visualize.attention_maps(model, tensor_of(picture, state), ids)
             p_yes = logits[0, 0, -1, [4, 5]].softmax(-1)[0].item()
             result = visualize.answer(*loaded, picture, "is there a bus")
             assert result["verdict"] == ("YES" if p_yes > 0.5 else "NO")
