@@ -127,7 +127,7 @@ max_new_tokens = 32           # longest generated answer + reason
 PRESETS = {
     "default": {},
     # One GPU: PaliGemma-like proportions at ImageNet resolution, under 50M parameters.
-    "base": dict(image_size=224, patch_size=16, stem_width=64, min_pixels=12.0, num_scenes=20000, vision_dim=384,
+    "base": dict(image_size=224, patch_size=16, stem_width=64, min_pixels=12.0, vision_dim=384,
                  vision_layers=8, vision_heads=6, vision_ffn_dim=1536, text_dim=384, text_layers=6, text_head_dim=64,
                  text_ffn_dim=1024, batch_size=64, lr=1e-3, lr_projection=5e-4, lr_vision=5e-4, max_steps=6000,
                  out_dir="out/base", data_dir="data_base"),

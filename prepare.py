@@ -830,9 +830,7 @@ def prepare(cfg):
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to data_dir {root}: {error}") from None
-    meta_path = root / "meta.json"
-    meta_path.unlink(missing_ok=True)                  # until everything is written, the folder holds no valid data
-    rejected = []
+    meta_path, rejected = root / "meta.json", []
     if cfg.source == "drawn":
         names = [f"scene-{i:06d}" for i in range(cfg.num_scenes)] + [f"ood-{i:06d}" for i in range(cfg.num_ood_scenes)]
         jobs, work, folders = [(name, cfg) for name in names], _draw_one, None
@@ -843,6 +841,7 @@ def prepare(cfg):
         if not kept:
             raise UserError("no frame passes the filters: widen weather, timeofday, scene or max_complexity")
         jobs, work, folders = [(f, cfg) for f in kept], _decode_one, [f[2] for f in kept]
+    meta_path.unlink(missing_ok=True)                  # from here until all is written, the folder holds no valid data
     size, n, frames, table, dropped = cfg.image_size, 0, [], [], Counter()
     images = np.lib.format.open_memmap(root / "images.tmp.npy", "w+", np.uint8, (len(jobs), size, size, 3))
     for i, (picture, frame, truth, note) in enumerate(parallel(work, jobs, cfg, "pictures")):
