@@ -899,7 +899,7 @@ def _shrink(source, target, n):
 def write_commands(root, frames, table, cfg):
     """Choose and write the commands of every split and its held-out sets, and the twins of the test items."""
     tokenizer, report = Tokenizer(commands.vocabulary()), {}
-    (root / "vocab.json").write_text(json.dumps(tokenizer.words[6:]), encoding="utf-8")
+    (root / "vocab.json").write_text(json.dumps(tokenizer.words), encoding="utf-8")
     for split in SPLITS:
         rows = [f["index"] for f in frames if f["split"] == split]
         sets = {split: (None, None)}

@@ -909,7 +909,7 @@ def test_the_vocabulary_has_200_to_500_words_and_all_that_is_ever_said(lexicon, 
     texts |= {text for items in drawn.items.values() for i in items for text in (i["reason"], i["command"])}
     assert not any("{" in text for text in texts)
     assert {word for text in texts for word, _ in lexicon.unknown(text)} == set()
-    assert json.loads(Path(drawn.cfg.data_dir, "vocab.json").read_text(encoding="utf-8")) == lexicon.words[6:]
+    assert json.loads(Path(drawn.cfg.data_dir, "vocab.json").read_text(encoding="utf-8")) == lexicon.words
 
 
 def test_a_held_out_paraphrase_is_made_of_trained_words():
@@ -1504,7 +1504,7 @@ def test_malformed_bdd100k_records_stop_nothing(tmp_path):
     assert all(name in kept or name in rejected for name in odd[:6])
 
 
-def test_bdd100k_val_can_be_the_test_split_and_filters_can_be_strict(tmp_path):
+def test_bdd100k_val_can_be_the_test_split_and_filters_can_be_strict(tmp_path, monkeypatch):
     bdd_folder(tmp_path / "bdd")
     cfg = config.from_args([], source="bdd100k", bdd_dir=str(tmp_path / "bdd"), data_dir=str(tmp_path / "out"),
                            workers=1, min_cell=1, val_is_test=True, keep_undefined=False)
@@ -1514,10 +1514,14 @@ def test_bdd100k_val_can_be_the_test_split_and_filters_can_be_strict(tmp_path):
     assert all((f["split"] == "test") == f["name"].startswith("val") for f in frames)
     with pytest.raises(UserError, match="no frame passes"):
         prepare.prepare(changed(cfg, weather="snowy"))
-    with pytest.raises(UserError, match="no data"):                        # a failed run leaves no data that look valid
-        prepare.load_meta(cfg)
     with pytest.raises(UserError, match="not a folder"):
         prepare.prepare(changed(cfg, bdd_dir=str(tmp_path / "nowhere")))
+    assert prepare.load_meta(cfg)["frames"] == len(frames)                 # a refused run leaves the old data alone
+    monkeypatch.setattr(prepare, "write_commands", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare.prepare(cfg)
+    with pytest.raises(UserError, match="no data"):                        # a broken one leaves none that look valid
+        prepare.load_meta(cfg)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])

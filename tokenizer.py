@@ -28,7 +28,8 @@ def split_words(text):
 
 
 class Tokenizer:
-    """Word <-> id tables. words: the vocabulary without the special tokens; ids follow sorted order."""
+    """Word <-> id tables. words: the vocabulary, with or without the special tokens, which
+    come first; the ids of the rest follow sorted order."""
 
     def __init__(self, words):
         self.words = SPECIAL + sorted(set(words) - set(SPECIAL))

@@ -493,7 +493,7 @@ def train(cfg):
             format=FORMAT, model=model.state_dict(), tagger=tagger and tagger.state_dict(),
             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, best=best,
             since_best=since_best, top=top, rng=torch.get_rng_state(), config=vars(cfg), mean=meta["mean"],
-            std=meta["std"], data_hash=meta["hash"], words=data.tokenizer.words[6:]))
+            std=meta["std"], data_hash=meta["hash"], words=data.tokenizer.words))
 
     def micro_batches(update):
         first = update * cfg.grad_accum * cfg.batch_size
