@@ -453,8 +453,9 @@ def test_initial_sizes():
     cfg = config.from_args([], image_size=64)
     model = VLM(cfg, 300)
     close(model.decoder.blocks[0].attn.q.weight.std(), torch.tensor(128 ** -0.5), 2e-3)
-    close(model.decoder.blocks[0].ffn.down.weight.std(), torch.tensor(256 ** -0.5 / math.sqrt(3 * cfg.text_layers)), 1e-3)
-    close(model.vision.blocks[0].down.weight.std(), torch.tensor(512 ** -0.5 / math.sqrt(2 * cfg.vision_layers)), 1e-3)
+    down, vision_down = model.decoder.blocks[0].ffn.down, model.vision.blocks[0].down
+    close(down.weight.std(), torch.tensor((256 * 3 * cfg.text_layers) ** -0.5), 1e-3)
+    close(vision_down.weight.std(), torch.tensor((512 * 2 * cfg.vision_layers) ** -0.5), 1e-3)
     close(model.decoder.embedding.weight.std() * math.sqrt(128), torch.tensor(1.0), 2e-2)
     assert 0.2 < model.features(pictures(2, 64))["stem"].std() < 2
 

@@ -560,8 +560,8 @@ def train(cfg):
                        waited / spent]
                 stage, end, speed = ("read", cfg.max_steps, f"{row[5]:.0f} pairs/s") if read else \
                     ("see", first_stage(cfg), f"{row[5] / cfg.commands_per_image:.0f} images/s")
-                print(f"{stage} {step}/{end}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  {speed}  "
-                      f"wait {100 * row[6]:.0f}%  eta {(end - step) * ms / 1000:.0f} s", flush=True)
+                print(f"{stage} {step}/{end}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  "
+                      f"{speed}  wait {100 * row[6]:.0f}%  eta {(end - step) * ms / 1000:.0f} s", flush=True)
                 log.writerow([f"{x:.6g}" for x in row] + ["", "", "", f"{now - start:.1f}"])
                 log_file.flush()
                 if board:
