@@ -763,8 +763,7 @@ def keep_frame(raw, cfg):
         wished, value = [w.strip() for w in getattr(cfg, name).split(",") if w.strip()], attributes.get(name)
         if wished and (value not in wished) and not (cfg.keep_undefined and value in (None, "", "undefined")):
             return False
-    labels = raw.get("labels")
-    return not cfg.max_complexity or not isinstance(labels, list) or len(labels) <= cfg.max_complexity
+    return True
 
 
 # ---- splits and storage ----
@@ -839,14 +838,17 @@ def prepare(cfg):
         kept = [f for f in found if keep_frame(f[1], cfg)]
         print(f"{len(found)} frames listed, {len(kept)} pass the filters")
         if not kept:
-            raise UserError("no frame passes the filters: widen weather, timeofday, scene or max_complexity")
+            raise UserError("no frame passes the filters: widen weather, timeofday or scene")
         jobs, work, folders = [(f, cfg) for f in kept], _decode_one, [f[2] for f in kept]
     meta_path.unlink(missing_ok=True)                  # from here until all is written, the folder holds no valid data
-    size, n, frames, table, dropped = cfg.image_size, 0, [], [], Counter()
+    size, n, crowded, frames, table, dropped = cfg.image_size, 0, 0, [], [], Counter()
     images = np.lib.format.open_memmap(root / "images.tmp.npy", "w+", np.uint8, (len(jobs), size, size, 3))
     for i, (picture, frame, truth, note) in enumerate(parallel(work, jobs, cfg, "pictures")):
         if picture is None:
             rejected.append((frame.get("name"), note))
+            continue
+        if cfg.max_complexity and len(frame["labels"]) > cfg.max_complexity:
+            crowded += 1
             continue
         dropped.update(note or {})
         name = frame["name"]
@@ -860,8 +862,10 @@ def prepare(cfg):
         frames.append(frame)
         table.append(truth)
         n += 1
+    if crowded:
+        print(f"{crowded} frames hold more than max_complexity={cfg.max_complexity} objects and are left out")
     if not frames:
-        raise UserError(f"not one picture could be read; the first problem: {rejected[0][1]}")
+        raise UserError("not one picture is left" + (f"; the first problem: {rejected[0][1]}" if rejected else ""))
     images.flush()
     del images
     _shrink(root / "images.tmp.npy", root / "images.npy", n)

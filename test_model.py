@@ -1525,6 +1525,14 @@ def test_bdd100k_val_can_be_the_test_split_and_filters_can_be_strict(tmp_path, m
         prepare.load_meta(cfg)
 
 
+def test_crowded_frames_are_left_out_when_asked(tmp_path):
+    cfg = config.from_args([], num_scenes=40, num_ood_scenes=0, data_dir=str(tmp_path), workers=1, max_complexity=5)
+    meta = prepare.prepare(cfg)
+    frames = [json.loads(line) for line in (tmp_path / "frames.jsonl").read_text().splitlines()]
+    assert 0 < len(frames) < 40 and all(len(f["labels"]) <= 5 for f in frames)
+    assert len(np.load(tmp_path / "images.npy", mmap_mode="r")) == len(frames) == meta["frames"]
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("indent, ascii_only", [(None, True), (2, False)])
 def test_streaming_a_list_equals_loading_it(tmp_path, chunk, indent, ascii_only):
