@@ -29,9 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import config
-
-PAD = 0          # id of [PAD]
-IGNORE = -100    # target that takes no part in the loss
+from tokenizer import PAD
 
 
 # ---- norm, positions, masks ----

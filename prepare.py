@@ -913,6 +913,8 @@ def write_commands(root, frames, table, cfg):
         for name, (shares, paraphrase) in sets.items():
             items = make_items(rows, frames, table, cfg, name, shares, paraphrase, describe=name == split)
             _write_items(root, name, items, tokenizer, cfg)
+            if name == "train":
+                trained = set(commands.balance(items))
             report[name] = dict(pictures=len(rows), commands=sum(i["answer"] is not None for i in items),
                                 yes=sum(i["answer"] is True for i in items),
                                 families=dict(Counter(i["family"] for i in items)),
@@ -920,13 +922,8 @@ def write_commands(root, frames, table, cfg):
             if name == "test" and cfg.source == "drawn":
                 report["twins"] = write_twins(root, frames, items, cfg)
     asked = {tuple(q) for q in QUESTIONS if not q.held_out}
-    report["dropped"] = ["/".join(filter(None, q)) for q in sorted(asked - report_cells(root, "train"))]
+    report["dropped"] = ["/".join(filter(None, q)) for q in sorted(asked - trained)]
     return report
-
-
-def report_cells(root, split):
-    """The questions that a split's commands hold, as tuples."""
-    return {(i["template"], i["first"], i["second"]) for i in read_items(root, split) if i["answer"] is not None}
 
 
 def make_items(rows, frames, table, cfg, name, shares=None, paraphrase=None, describe=True):
