@@ -181,7 +181,7 @@ Template = namedtuple("Template", "family level share paraphrases")
 # share: of the commands of a picture; paraphrases: the first is canonical, the last is never trained on.
 # {a} "a car", {n} "car", {at} "on the left", {c} "red", {b} and {m} the second object, {side} "way ahead"
 TEMPLATES = {
-    "exists": Template("detection", "simple", 0.15, (
+    "exists": Template("detection", "simple", 0.13, (
         "is there {a} in the scene", "is there {a}", "do you see {a}", "can you see {a} in the picture",
         "is {a} visible",
         "is there any {n} around", "does the picture show {a}", "can you find {a} here", "do you notice any {n}",
@@ -222,7 +222,7 @@ TEMPLATES = {
         "may we switch to the {d} lane", "can we merge into the {d} lane", "is a lane change to the {d} safe",
         "could the vehicle move over to the {d}", "is it okay to shift into the {d} lane",
         "can the driver pull over to the {d}", "may the car change to the {d} lane")),
-    "clear": Template("navigation", "simple", 0.10, (
+    "clear": Template("navigation", "simple", 0.08, (
         "is the {side} clear", "is the {side} free", "is there space on the {side}", "is the {side} open",
         "is nothing blocking the {side}", "is the {side} empty of traffic", "is there nothing near on the {side}",
         "is the {side} unobstructed", "is there enough room on the {side}", "does the {side} look clear",
@@ -231,11 +231,11 @@ TEMPLATES = {
         "is there {a} and {b}", "do you see {a} and {b}", "are there both {a} and {b}",
         "can you see {a} as well as {b}",
         "does the picture show {a} together with {b}", "is there {a} and also {b}", "are {a} and {b} both visible")),
-    "and_no": Template("", "complex", 0.04, (
+    "and_no": Template("", "complex", 0.06, (
         "is there {a} and no {m}", "do you see {a} but no {m}", "is there {a} without {b}",
         "can you see {a} while there is no {m}", "is {a} visible but not {b}", "is there {a} but never {b}",
         "do you see {a} without any {m}")),
-    "or": Template("", "complex", 0.04, (
+    "or": Template("", "complex", 0.05, (
         "is there {a} or {b}", "do you see either {a} or {b}", "can you find {a} or {b}", "is {a} or {b} visible",
         "does the picture show {a} or else {b}", "is at least one of these here : {a} or {b}",
         "is there either {a} or {b} in the scene")),
@@ -246,11 +246,15 @@ DESCRIBE = ("describe the scene", "describe what you see", "what is in the scene
             "what can be seen from the car", "explain what happens on the road", "tell me what you see")
 DESCRIBE_AT = ("what is {at}", "what do you see {at}", "tell me what is {at}", "describe what is {at}",
                "which things are {at}", "{at} , what do you see", "list all objects {at}", "what can be seen {at}")
+# Their answers bind every kind of object to its places, whatever the questions leave out: without them, new pairs of
+# object and place cost 10 points more.
+WHERE = ("where is the {n}", "where is {a}", "where do you see {a}", "tell me where {a} is", "in which place is the {n}",
+         "where can {a} be seen")
 # Never asked in training (and pairs that a flip would turn into one another go together). Reasons and descriptions
 # may still mention them: what is held out is the question.
 HELD_OUT = {("exists_at", "bus", "left"), ("exists_at", "bus", "right"), ("exists_at", "motorcycle", "ahead"),
             ("and", "truck", "pedestrian"), ("or", "bus", "bicycle"), ("and_no", "car", "red light")}
-PAIRED = ("car", "truck", "bus", "pedestrian", "bicycle", "motorcycle")
+PAIRED = ("car", "truck", "bus", "pedestrian", "bicycle", "motorcycle", "rider", "traffic sign")
 LIGHTS = tuple(f"{colour} light" for colour in COLOURS)
 
 
@@ -298,12 +302,12 @@ class Question(namedtuple("Question", "template first second")):
         if template in ("and", "and_no", "or"):
             a, b = _thing(view, first), _thing(view, second)
             return min(a, b) if template == "and" else max(a, b) if template == "or" else min(a, 2 - b)
-        blocked = max(view.exists(None, place, near=True) for place in self._ways())
+        blocked = max(view.exists(None, place, near=True) for place in self.ways())
         if template in ("straight", "turn", "stop"):
             blocked = max(blocked, view.shows("red"), view.shows("yellow"))
         return blocked if template == "stop" else 2 - blocked
 
-    def _ways(self):
+    def ways(self):
         """The places that must be free of near road users."""
         return {"straight": ("ahead",), "stop": ("ahead",), "turn": ("ahead", self.first)}.get(
             self.template, (self.first,))
@@ -325,11 +329,11 @@ class Question(namedtuple("Question", "template first second")):
         causes = []
         if template in ("straight", "turn", "stop") and view.light in COLOURS:
             causes.append(light_words(view))
-        blockers = [f"{article(NOUNS[o.category][0])} is near {AT[o.place]}" for place in self._ways()
+        blockers = [f"{article(NOUNS[o.category][0])} is near {AT[o.place]}" for place in self.ways()
                     for truth, o in view.matching(None, place, near=True) if truth == YES]
         if (template == "stop") == yes:     # something is in the way
             return " and ".join([c for c in causes if "green" not in c] + blockers[:1])
-        return " and ".join(causes + ["nothing is near " + " or ".join(AT[place] for place in self._ways())])
+        return " and ".join(causes + ["nothing is near " + " or ".join(AT[place] for place in self.ways())])
 
     def words(self, rng, paraphrase=None):
         """The command in words; `paraphrase` an index into the template's, drawn from the trained ones by default."""
@@ -379,7 +383,7 @@ def truths(view):
 
 def vocabulary():
     """Every word that a command, a reason or a description can hold, sorted."""
-    texts = [form for t in TEMPLATES.values() for form in t.paraphrases] + list(DESCRIBE + DESCRIBE_AT)
+    texts = [form for t in TEMPLATES.values() for form in t.paraphrases] + list(DESCRIBE + DESCRIBE_AT + WHERE)
     for group in (NOUNS, COLOUR_WORDS, PLACE_WORDS):
         texts += [word for words in group.values() for word in words]
     texts += list(SIDE.values()) + list(COLOURS) + list(PLACES)
@@ -501,6 +505,20 @@ def describe_item(picture, view, rng, cfg, place=""):
                 family="describe", level="describe", place=place,
                 command=form.format(at=rng.choice(PLACE_WORDS.get(place, ("",)))), answer=None,
                 reason=describe(view, cfg.max_describe, place or None))
+
+
+def where_items(picture, view, rng):
+    """"where is the bus", for up to two kinds that are certainly there and one of any; without a verdict either."""
+    there = [c for c in CATEGORIES if view.exists(c) == YES]
+    items = []
+    for category in dict.fromkeys(rng.sample(there, min(2, len(there))) + rng.sample(CATEGORIES, 1)):
+        truth, noun = view.exists(category), rng.choice(NOUNS[category])
+        if truth != MAYBE:
+            items.append(dict(picture=int(picture), template="where", first=category, second="", family="describe",
+                              level="describe", place="", answer=None,
+                              command=rng.choice(WHERE[:-1]).format(n=noun, a=article(noun)),
+                              reason=(positive if truth == YES else negative)(view, category)))
+    return items
 
 
 def main(cfg):

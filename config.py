@@ -78,8 +78,8 @@ attention = "auto"            # auto (by hand on CPU, fast elsewhere), hand, fas
 batch_size = 16               # images a micro-step
 grad_accum = 1                # micro-steps an update; the effective batch is batch_size * grad_accum images
 commands_per_image = 8        # commands a step for each image, descriptions included
-descriptions_per_image = 2    # of them descriptions: of the scene, the left, the way ahead or the right
-max_steps = 4700              # updates
+descriptions_per_image = 2    # of them without a verdict: descriptions of the scene or a part, "where is the bus"
+max_steps = 5000              # updates
 see_steps = 2500              # of them (60% at most) first for the encoder alone, from the words of descriptions
 tag_weight = 1.0              # weight of that loss, in both stages; 0 = train on text alone, from the start
 lr = 2e-3                     # peak learning rate of the decoder
@@ -117,6 +117,11 @@ checkpoint = ""               # file to evaluate or to answer with; empty = out_
 eval_batch = 64               # images a batch in evaluation
 bootstrap = 1000              # resamples of a confidence interval
 split = "test"                # split to evaluate
+against = ""                  # second checkpoint, to compare on the same questions
+sample_items = 4000           # questions whose reasons and attention are measured; training questions beside the test
+probe_items = 400             # questions asked again many times: with patches removed, in other words, of other scenes
+head_items = 2000             # questions asked without each head in turn
+stored_maps = 64              # questions whose maps of all layers and heads are kept for figures
 
 # ---- answering: python visualize.py --image=street.jpg --command="is there a bus?" ----
 image = ""                    # picture to answer about
@@ -213,7 +218,8 @@ def check(cfg):
                 "vision_ffn_dim", "text_ffn_dim", "batch_size", "grad_accum", "commands_per_image", "max_steps",
                 "eval_every", "log_every", "eval_batch", "max_text", "commands_stored", "beam", "max_new_tokens",
                 "lr", "lr_vision", "lr_projection", "eps", "rope_theta", "text_head_dim", "stem_width", "bootstrap",
-                "save_top", "prefetch", "max_describe", "answer_weight", "yes_weight", "min_cell"]
+                "save_top", "prefetch", "sample_items", "probe_items", "head_items",
+                "stored_maps", "max_describe", "answer_weight", "yes_weight", "min_cell"]
     for name in positive:
         need(0 < getattr(cfg, name) < math.inf, f"{name} must be above 0 and finite, got {getattr(cfg, name)}")
     need(cfg.commands_stored >= 2, f"commands_stored must be at least 2, one YES and one NO, got {cfg.commands_stored}")

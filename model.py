@@ -210,11 +210,15 @@ class VisionBlock(nn.Module):
 def conv_stem(cfg):
     """Stride-2 3x3 convolutions, the width doubled at each, down to one pixel a patch; then 1x1 to the encoder's width.
 
-    Learns faster from scratch than one large convolution (Xiao et al. 2021, arXiv:2106.14881).
+    Learns faster from scratch than one large convolution (Xiao et al. 2021, arXiv:2106.14881). Padded on both sides, a
+    stride of 2 looks from each upper left corner; the last one, padded below and right only, moves back to the middle.
     """
-    layers, width, into = [], cfg.stem_width, 3
-    for _ in range(int(math.log2(cfg.patch_size))):
-        layers += [nn.Conv2d(into, width, 3, stride=2, padding=1), nn.GELU()]
+    layers, width, into, count = [], cfg.stem_width, 3, int(math.log2(cfg.patch_size))
+    for i in range(count):
+        if i < count - 1:
+            layers += [nn.Conv2d(into, width, 3, stride=2, padding=1), nn.GELU()]
+        else:
+            layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(into, width, 3, stride=2), nn.GELU()]
         width, into = 2 * width, width
     return nn.Sequential(*layers, nn.Conv2d(into, cfg.vision_dim, 1))
 

@@ -942,6 +942,7 @@ def make_items(rows, frames, table, cfg, name, shares=None, paraphrase=None, des
         items += [commands.make_item(row, q, view, rng, paraphrase) for q in per_row.get(i, [])]
         if describe:
             items += [commands.describe_item(row, view, rng, cfg, place) for place in ("", *commands.PLACES)]
+            items += commands.where_items(row, view, rng)
     return items
 
 

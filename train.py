@@ -39,7 +39,8 @@ FORMAT = 1                    # of checkpoints
 # What may differ when a run goes on; any other setting would change what was being trained.
 RESUMABLE = {"resume", "device", "dtype", "workers", "prefetch", "log_every", "eval_every", "eval_batch", "eval_items",
              "tensorboard", "save_top", "max_steps", "early_stopping", "checkpoint", "bootstrap", "split", "image",
-             "command", "beam", "max_new_tokens", "out_dir", "data_dir", "attention"}
+             "command", "beam", "max_new_tokens", "out_dir", "data_dir", "attention", "against", "sample_items",
+             "probe_items", "head_items", "stored_maps"}
 
 # ---- data ----
 
@@ -106,14 +107,14 @@ class Data:
             asked = asked if len(asked) else descriptions
             asked = rng.choice(asked, wanted, replace=len(asked) < wanted)
             chosen = np.concatenate((described, asked))
-            tag = np.zeros((len(descriptions), len(TAGS)), np.float32)
-            for row, item in zip(tag, descriptions):
+            tag = np.zeros((4, len(TAGS)), np.float32)
+            for row, item in zip(tag, descriptions):        # of the scene, left, ahead, right; then come those of WHERE
                 named = self.tag[self.tokens[item, self.index[item, 1]:self.index[item, 2]]]
                 row[named[named >= 0]] = 1
             tag[:1] = tag.max(0, initial=0)      # the scene's own description stops after max_describe objects
             chosen = chosen[np.argsort(-self.index[chosen, 2], kind="stable")]    # the longest names the most
             if cfg.crop:
-                picture = self._crop(picture, np.concatenate((chosen, descriptions)), rng)
+                picture = self._crop(picture, np.concatenate((chosen, descriptions[:4])), rng)
             tokens = self.tokens[chosen]
             if rng.random() < cfg.flip:
                 picture, tokens, tag = picture[:, ::-1], self.mirror[tokens], tag[[0, 3, 2, 1]]
@@ -150,12 +151,12 @@ class Data:
                 labels.append(dict(label, box2d=box))
         view = commands.View(dict(frame, labels=labels), cfg)
         for item in (self.items[i] for i in chosen):
-            if item["answer"] is None:
-                same = commands.describe(view, cfg.max_describe, item["place"] or None) == item["reason"]
-            else:
+            same = commands.check_reason(item["reason"], view) == commands.YES
+            if item["answer"] is not None:
                 question = commands.Question(item["template"], item["first"], item["second"])
-                same = question.truth(view) == (commands.YES if item["answer"] else commands.NO) \
-                    and commands.check_reason(item["reason"], view) == commands.YES
+                same &= question.truth(view) == (commands.YES if item["answer"] else commands.NO)
+            elif item["template"] != "where":
+                same &= commands.describe(view, cfg.max_describe, item["place"] or None) == item["reason"]
             if not same:
                 return picture
         box = (x, y, x + side, y + side)
@@ -333,11 +334,30 @@ def autocast(dtype, device):
 # ---- prediction, shared with evaluate.py ----
 
 @torch.no_grad()
+def answer_odds(model, images, prompts, device, dtype):
+    """Log-odds of YES against NO: list of arrays (K,), one a picture. The answer is read at the end of each prompt.
+
+    images (B, 3, S, S) float32 normalised; prompts: B lists of K lists of ids, where K may differ.
+    """
+    K, T = max(map(len, prompts)), max(len(ids) for own in prompts for ids in own)
+    tokens, ends = np.full((len(prompts), K, T), PAD), np.ones((len(prompts), K), np.int64)
+    for b, own in enumerate(prompts):
+        for k, ids in enumerate(own):
+            tokens[b, k, :len(ids)], ends[b, k] = ids, len(ids)
+    with autocast(dtype, device):
+        vision = model.encode(images.to(device))
+        hidden = model.decoder(torch.from_numpy(tokens).to(device).flatten(0, 1), vision)         # (B*K, T, D)
+        last = torch.from_numpy(ends).to(device).flatten() - 1
+        logits = model.decoder.logits(hidden[torch.arange(len(hidden), device=device), last])      # (B*K, V)
+    odds = (logits[:, YES] - logits[:, NO]).view(len(prompts), K).cpu().numpy()
+    return [row[:len(own)] for row, own in zip(odds, prompts)]
+
+
 def predict(model, data, cfg, device, dtype, picture="right", limit=0):
     """Log-odds of YES against NO for the questions of a set: (item rows (n,), log-odds (n,)).
 
     picture: right, blank (the mean colour) or wrong (another picture of the set). limit: about so many questions,
-    spread over the set; 0 = all. One forward pass to the end of each prompt; the answer is read there.
+    spread over the set; 0 = all.
     """
     model.eval()
     questions = np.flatnonzero(data.index[:, 3] >= 0)
@@ -347,29 +367,15 @@ def predict(model, data, cfg, device, dtype, picture="right", limit=0):
         groups = [groups[i] for i in keep]
     own = [data.index[g[0], 0] for g in groups]
     shown = own if picture != "wrong" else list(np.roll(own, len(own) // 2))
-    found, odds = [], []
+    odds = []
     for start in range(0, len(groups), cfg.eval_batch):
         part = groups[start:start + cfg.eval_batch]
         images = data.images[np.array(shown[start:start + cfg.eval_batch])]
         images = torch.from_numpy(normalise(images, data.mean, data.std))
         images = torch.zeros_like(images) if picture == "blank" else images
-        K, T = max(map(len, part)), max(data.index[g, 1].max() for g in part)
-        tokens = np.zeros((len(part), K, T), np.int64)
-        ends = np.ones((len(part), K), np.int64)
-        for i, g in enumerate(part):
-            ends[i, :len(g)] = data.index[g, 1]
-            text = data.tokens[g, :T].astype(np.int64)
-            tokens[i, :len(g)] = np.where(np.arange(T) < ends[i, :len(g), None], text, PAD)
-        with autocast(dtype, device):
-            vision = model.encode(images.to(device))
-            hidden = model.decoder(torch.from_numpy(tokens).to(device).flatten(0, 1), vision)     # (B*K, T, D)
-            last = torch.from_numpy(ends).to(device).flatten() - 1
-            logits = model.decoder.logits(hidden[torch.arange(len(hidden), device=device), last])  # (B*K, V)
-        answer = (logits[:, YES] - logits[:, NO]).view(len(part), K).cpu().numpy()
-        for i, g in enumerate(part):
-            found.append(g)
-            odds.append(answer[i, :len(g)])
-    return (np.concatenate(found), np.concatenate(odds)) if found else (np.zeros(0, int), np.zeros(0))
+        prompts = [[data.tokens[r, :data.index[r, 1]] for r in g] for g in part]
+        odds += answer_odds(model, images, prompts, device, dtype)
+    return (np.concatenate(groups), np.concatenate(odds)) if groups else (np.zeros(0, int), np.zeros(0))
 
 
 def balanced_accuracy(truth, odds):
