@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import random
+import re
 import time
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -277,16 +278,20 @@ class Subject:
 
 
 class Questions:
-    """The questions of a set: .items (dicts), .truth, .picture and .prompts (n), with their pictures and frames."""
+    """The questions of a set: .items (dicts), .truth, .picture and .prompts (n), with their pictures and frames.
 
-    def __init__(self, subject, meta, name, limit=0):
+    limit: about so many, of whole pictures, spread over the set; 0 = all. verdicts=False: the commands that ask for a
+    description instead.
+    """
+
+    def __init__(self, subject, meta, name, limit=0, verdicts=True):
         cfg = subject.cfg
         self.data = data = Data(cfg, meta, name)
         if data.tokenizer.words != subject.tokenizer.words:
             raise UserError(f"the checkpoint's vocabulary is not that of the data in {cfg.data_dir}: train again, "
                             "or pass the --data_dir that it was trained on")
-        rows = np.flatnonzero(data.index[:, 3] >= 0)
-        if limit and limit < len(rows):            # whole pictures, spread over the set
+        rows = np.flatnonzero((data.index[:, 3] >= 0) == verdicts)
+        if limit and limit < len(rows):
             pictures = np.unique(data.index[rows, 0])
             kept = pictures[np.linspace(0, len(pictures) - 1, max(1, len(pictures) * limit // len(rows))).astype(int)]
             rows = rows[np.isin(data.index[rows, 0], kept)]
@@ -334,8 +339,10 @@ def classification(truth, said):
 
 def breakdowns(asked):
     """{breakdown: [names of the groups that a question is in]}, one list a question."""
-    def span(value, *borders):
-        return next((f"under {b}" for b in borders if value < b), f"{borders[-1]} or more")
+    def span(value, *starts):
+        low = max(s for s in starts if s <= value)
+        after = [s for s in starts if s > low]
+        return f"{low} to {after[0] - 1}" if after else f"{low} or more"
 
     views, frames = ([table[p] for p in asked.picture] for table in (asked.views, asked.frames))
     named = [sum(o.category in q.objects for o in view.objects) for q, view in zip(asked.questions, views)]
@@ -344,10 +351,10 @@ def breakdowns(asked):
         "family": [[i["family"]] for i in asked.items], "level": [[i["level"]] for i in asked.items],
         "template": [[q.template] for q in asked.questions], "object": [q.objects for q in asked.questions],
         "place": [[q.place or "anywhere"] for q in asked.questions],
-        "objects seen in the scene": [[span(f["complexity"], 3, 5, 7, 9)] for f in frames],
-        "objects of the asked kind": [[span(n, 1, 2, 3)] if q.objects else ["none asked"]
+        "objects seen in the scene": [[span(f["complexity"], 0, 3, 5, 7, 9)] for f in frames],
+        "objects of the asked kind": [[span(n, 0, 1, 2, 3)] if q.objects else ["none asked"]
                                       for n, q in zip(named, asked.questions)],
-        "words": [[span(len(p) - 2, 5, 7, 9, 11)] for p in asked.prompts],
+        "words": [[span(len(p) - 2, 0, 5, 7, 9, 11)] for p in asked.prompts],
         "weather": there("weather"), "time of day": there("timeofday"), "scene": there("scene")}
 
 
@@ -355,7 +362,8 @@ def broken_down(asked, odds, resamples):
     """{breakdown: {group: row}}: balanced accuracy. A family without questions has a row with n = 0."""
     found = {}
     for name, memberships in breakdowns(asked).items():
-        groups = FAMILIES if name == "family" else sorted({g for own in memberships for g in own})
+        groups = sorted({g for own in memberships for g in own}, key=lambda g: (int("0" + re.match(r"\d*", g)[0]), g))
+        groups = FAMILIES if name == "family" else groups
         found[name] = {}
         for group in groups:
             mine = np.array([group in own for own in memberships], bool)
@@ -461,26 +469,29 @@ def generate(subject, jobs):
 
 
 def reasons(subject, asked, count):
-    """Generated reasons against the written ones, and against the rules: is what they claim true of the scene?
+    """Generated reasons, or descriptions, against the written ones and against the rules: is what they claim true?
 
-    Shortcut rate: of the right answers, those whose reason is false. A claim that is neither true nor false, or not
-    in the grammar, counts as not true and as not false.
+    A claim on which the rules are undecided, or that is not in the grammar, counts as not true and as not false.
+    Shortcut rate: of the right answers, those whose reason is false.
     """
     chosen = asked.sample(count, 1)
     said, resamples, own = generate(subject, asked.jobs(chosen)), subject.cfg.bootstrap, asked.picture[chosen]
     pairs = [(text, asked.items[i]["reason"]) for (_, text), i in zip(said, chosen)]
     truth = np.array([-1 if t is None else t for t in (commands.check_reason(text, asked.views[asked.picture[i]])
                                                        for (_, text), i in zip(said, chosen))])
-    right = np.array([verdict == asked.truth[i] for (verdict, _), i in zip(said, chosen)], bool)
     valid = np.array([verdict is not None for verdict, _ in said], bool)
-    return dict(
-        valid_answers=mean_row(own, valid, resamples), exact=mean_row(own, [a == b for a, b in pairs], resamples),
-        bleu4=dict(n=len(pairs), value=bleu4(pairs)), rouge_l=mean_row(own, [rouge_l(*p) for p in pairs], resamples),
-        true=mean_row(own, truth == commands.YES, resamples), false=mean_row(own, truth == commands.NO, resamples),
-        not_in_grammar=mean_row(own, truth == -1, resamples),
-        true_when_answer_right=mean_row(own[right], truth[right] == commands.YES, resamples),
-        true_when_answer_wrong=mean_row(own[~right], truth[~right] == commands.YES, resamples),
-        shortcut_rate=mean_row(own[right], truth[right] == commands.NO, resamples))
+    found = dict(exact=mean_row(own, [a == b for a, b in pairs], resamples), bleu4=dict(n=len(pairs), value=bleu4(pairs)),
+                 rouge_l=mean_row(own, [rouge_l(*p) for p in pairs], resamples),
+                 true=mean_row(own, truth == commands.YES, resamples),
+                 false=mean_row(own, truth == commands.NO, resamples),
+                 not_in_grammar=mean_row(own, truth == -1, resamples))
+    if valid.any():                         # else: descriptions
+        right = np.array([verdict == asked.truth[i] for (verdict, _), i in zip(said, chosen)], bool)
+        found.update(valid_answers=mean_row(own, valid, resamples),
+                     true_when_answer_right=mean_row(own[right], truth[right] == commands.YES, resamples),
+                     true_when_answer_wrong=mean_row(own[~right], truth[~right] == commands.YES, resamples),
+                     shortcut_rate=mean_row(own[right], truth[right] == commands.NO, resamples))
+    return found
 
 
 # ---- grounding: does attention point at what is asked? ----
@@ -565,13 +576,20 @@ def looks(subject, asked, chosen, model=None):
     return np.array(answers), answer, word
 
 
-def baseline_maps(look, picture, side, untrained):
+def best_layer(look):
+    """The layer whose maps, averaged over heads, hold the largest enrichment; 0 without any."""
+    if not len(look.question):
+        return 0
+    return max(range(look.maps.shape[1]), key=lambda i: np.median(enrichment(look.maps[:, i].mean(1), look.cover)))
+
+
+def baseline_maps(look, picture, side, untrained, layer):
     """{name: maps (m, P)} to set beside the model's own: what a look that knows less would score.
 
     Another command's map is that of a word for another kind in the same picture; another picture's map is that of a
     word for the same kind. Where there is none, the map is uniform.
     """
-    n, own, where = len(look.question), look.maps.mean((1, 2)), picture[look.question]
+    n, own, where = len(look.question), look.maps[:, layer].mean(1), picture[look.question]
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
     centre = np.exp(-(x ** 2 + y ** 2) / (side / 2) ** 2).ravel()
     together, alike = {}, {}
@@ -586,31 +604,35 @@ def baseline_maps(look, picture, side, untrained):
     return {"chance (any patch)": np.ones((n, side * side)), "centre of the picture": np.tile(centre, (n, 1)),
             "another command's map": np.array([rival(i, together[where[i]], look.category) for i in range(n)]),
             "another picture's map": np.array([rival(i, alike[look.category[i]], where) for i in range(n)]),
-            "untrained weights": untrained.maps.mean((1, 2))}
+            "untrained weights": untrained.maps[:, layer].mean(1)}
 
 
-def grounding(look, picture, untrained, threshold, resamples, side):
-    """Pointing, mass, enrichment and IoU of the maps averaged over layers and heads, with all baselines beside."""
+def grounding(look, picture, untrained, chosen_on, resamples, side):
+    """Pointing, mass, enrichment and IoU of one layer's maps, averaged over heads, with all baselines beside.
+
+    chosen_on: the Look of other questions (val) on which the layer and the threshold of the IoU are chosen.
+    """
     if not len(look.question):
         return dict(n=0)
+    layer = best_layer(chosen_on)
     where, covers, found = picture[look.question], look.cover, {}
-    rivals, own = baseline_maps(look, picture, side, untrained), look.maps.mean((1, 2))
-    for name, maps in {"model": own, **rivals}.items():
+    threshold = best_threshold(chosen_on.maps[:, layer].mean(1), chosen_on.cover) if len(chosen_on.question) else 0.5
+    rivals, own = baseline_maps(look, picture, side, untrained, layer), look.maps[:, layer].mean(1)
+    for name, maps in {"model": own, "model, mean of all layers": look.maps.mean((1, 2)), **rivals}.items():
         found[name] = dict(pointing=mean_row(where, pointing(maps, covers), resamples),
                            mass_in_box=mean_row(where, mass_in_box(maps, covers), resamples),
                            enrichment=median_row(where, enrichment(maps, covers), resamples),
                            iou=mean_row(where, box_iou(maps, covers, threshold), resamples))
     best, hit = max(rivals, key=lambda name: found[name]["pointing"]["value"]), pointing(own, covers)
-    return dict(scores=found, best_baseline=best,
+    return dict(layer=layer, threshold=threshold, scores=found, best_baseline=best,
                 pointing_ahead=mean_row(where, hit - pointing(rivals[best], covers), resamples),
                 pointing_by_category={c: mean_row(where[mine], hit[mine], resamples)
                                       for c in sorted(set(look.category)) for mine in [look.category == c]})
 
 
-def best_threshold(look):
-    """The threshold of box_iou, as a share of the maximum, that fits these maps best."""
-    maps = look.maps.mean((1, 2))
-    return max((t / 20 for t in range(1, 20)), key=lambda t: box_iou(maps, look.cover, t).mean()) if len(maps) else 0.5
+def best_threshold(maps, covers):
+    """The threshold of box_iou, as a share of the maximum, that fits these maps (n, P) best."""
+    return max((t / 20 for t in range(1, 20)), key=lambda t: box_iou(maps, covers, t).mean())
 
 
 def deletion_insertion(subject, asked, answer, odds, count, orders=3):
@@ -949,9 +971,11 @@ def print_page(page):
           f"{c['accuracy']:.2f}, macro F1 {c['macro_f1']:.2f}")
     table("controls (majority: 50 by construction)", page["controls"])
     print(f"  {'vision gain':<26} {text_of(page['vision_gain'])}")
-    leaky = [f"{t}: {name} {text_of(entry)}" for t, rows in page["controls_by_template"].items()
-             for name, entry in rows.items() if entry["value"] is not None and not entry["low"] <= 50 <= entry["high"]]
-    print("  templates whose control's interval leaves out 50: " + ("; ".join(leaky) or "none"))
+    each = [(f"{t}, {name}", entry) for t, rows in page["controls_by_template"].items() for name, entry in rows.items()
+            if entry["value"] is not None]
+    leaky = [f"{name} {text_of(entry)}" for name, entry in each if not entry["low"] <= 50 <= entry["high"]]
+    print(f"  by template, {len(leaky)} of {len(each)} intervals leave out 50 (1 in 20 would by chance)"
+          + "".join("\n    " + line for line in leaky))
     table("training questions beside (overfitting gap)", page["train_gap"])
     if page["held_out"]:
         table("never trained on: paraphrases (test_words), questions (test_combos)", page["held_out"])
@@ -965,8 +989,9 @@ def print_page(page):
             print(f"  {name:<26} {text_of(t[name])}")
         for by in ("family", "edit"):
             table(f"pairs both right by {by}", t[f"both_right_by_{by}"])
-    table("reasons, in %", {k: v for k, v in page["reasons"].items() if k != "bleu4"})
-    print(f"  {'bleu4':<26} {page['reasons']['bleu4']['value']:6.2f}  n={page['reasons']['bleu4']['n']}")
+    for kind in ("reasons", "descriptions"):
+        table(f"{kind}, in %", {k: v for k, v in page[kind].items() if k != "bleu4"})
+        print(f"  {'bleu4':<26} {page[kind]['bleu4']['value']:6.2f}  n={page[kind]['bleu4']['n']}")
     print(f"\ncalibration (temperature {page['calibration']['temperature']:.3f}, fitted on val)")
     for name in ("raw", "scaled"):
         e = page["calibration"][name]
@@ -980,7 +1005,7 @@ def print_page(page):
         if "scores" not in g:
             continue
         looker = "word for an object" if kind == "word" else "answer"
-        print(f"\nwhere the {looker} looks, mean of all layers and heads:\n"
+        print(f"\nwhere the {looker} looks in layer {g['layer']} (chosen on val), mean of its heads\n"
               f"{'':<28}pointing %, mass in box %, median enrichment, IoU %  n={g['pointing_ahead']['n']}")
         for name, scores in g["scores"].items():
             print(f"  {name:<26}" + "".join(f" {e['value']:6.2f} [{e['low']:.1f}, {e['high']:.1f}]"
@@ -1077,6 +1102,7 @@ def evaluate(cfg):
     page["twins"] = twins(subject, asked, odds) if cfg.source == "drawn" and cfg.split == "test" else {}
     stage("reasons")
     page["reasons"] = reasons(subject, asked, cfg.sample_items)
+    page["descriptions"] = reasons(subject, Questions(subject, meta, cfg.split, verdicts=False), cfg.sample_items // 4)
     temperature = fit_temperature(said["val"], sets["val"].truth) if len(said["val"]) else 1.0
     page["calibration"] = dict(temperature=temperature, raw=calibration(odds, truth),
                                scaled=calibration(odds / temperature, truth))
@@ -1089,13 +1115,11 @@ def evaluate(cfg):
     maps, answer, word = looks(subject, asked, chosen)
     _, null_answer, null_word = looks(subject, asked, chosen, untrained)
     _, val_answer, val_word = looks(subject, sets["val"], sets["val"].sample(cfg.sample_items // 2, 0))
-    thresholds = dict(word=best_threshold(val_word), answer=best_threshold(val_answer))
     entropies, confidence = entropy(maps), np.abs(odds[chosen])                                  # (n, L, H)
     where = picture[chosen]
     page["attention"] = dict(
-        thresholds=thresholds,
-        grounding=dict(word=grounding(word, picture, null_word, thresholds["word"], resamples, side),
-                       answer=grounding(answer, picture, null_answer, thresholds["answer"], resamples, side)),
+        grounding=dict(word=grounding(word, picture, null_word, val_word, resamples, side),
+                       answer=grounding(answer, picture, null_answer, val_answer, resamples, side)),
         entropy=dict(maximum=math.log(side * side), mean=mean_row(where, entropies.mean((1, 2)), resamples, 1),
                      by_head=[[mean_row(where, entropies[:, i, j], resamples, 1) for j in range(entropies.shape[2])]
                               for i in range(entropies.shape[1])],
