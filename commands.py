@@ -248,8 +248,8 @@ DESCRIBE_AT = ("what is {at}", "what do you see {at}", "tell me what is {at}", "
                "which things are {at}", "{at} , what do you see", "list all objects {at}", "what can be seen {at}")
 # Their answers bind every kind of object to its places, whatever the questions leave out: without them, new pairs of
 # object and place cost 10 points more.
-WHERE = ("where is the {n}", "where is {a}", "where do you see {a}", "tell me where {a} is", "in which place is the {n}",
-         "where can {a} be seen")
+WHERE = ("where is the {n}", "where is {a}", "where do you see {a}", "tell me where {a} is",
+         "in which place is the {n}", "where can {a} be seen")
 # Never asked in training (and pairs that a flip would turn into one another go together). Reasons and descriptions
 # may still mention them: what is held out is the question.
 HELD_OUT = {("exists_at", "bus", "left"), ("exists_at", "bus", "right"), ("exists_at", "motorcycle", "ahead"),

@@ -480,7 +480,8 @@ def reasons(subject, asked, count):
     truth = np.array([-1 if t is None else t for t in (commands.check_reason(text, asked.views[asked.picture[i]])
                                                        for (_, text), i in zip(said, chosen))])
     valid = np.array([verdict is not None for verdict, _ in said], bool)
-    found = dict(exact=mean_row(own, [a == b for a, b in pairs], resamples), bleu4=dict(n=len(pairs), value=bleu4(pairs)),
+    found = dict(exact=mean_row(own, [a == b for a, b in pairs], resamples),
+                 bleu4=dict(n=len(pairs), value=bleu4(pairs)),
                  rouge_l=mean_row(own, [rouge_l(*p) for p in pairs], resamples),
                  true=mean_row(own, truth == commands.YES, resamples),
                  false=mean_row(own, truth == commands.NO, resamples),
