@@ -264,14 +264,9 @@ class Subject:
         model, jobs = model or self.model, iter(jobs)
         while batch := list(itertools.islice(jobs, 16)):
             pictures, prompts = zip(*batch)
-            K, T = max(map(len, prompts)), max(len(ids) for own in prompts for ids in own)
-            tokens = torch.full((len(batch), K, T), PAD, device=self.device)
-            for b, own in enumerate(prompts):
-                for k, ids in enumerate(own):
-                    tokens[b, k, :len(ids)] = torch.as_tensor(ids)
-            attn = {"self": [], "cross": []}
+            tokens, attn = train.rectangle(prompts).to(self.device), {"self": [], "cross": []}
             model.decoder(tokens.flatten(0, 1), model.encode(self.images(np.stack(pictures))), attn=attn)
-            cross = torch.stack(attn["cross"], 1).unflatten(0, (len(batch), K)).cpu().numpy()    # (B, K, L, H, T, P)
+            cross = torch.stack(attn["cross"], 1).unflatten(0, tokens.shape[:2]).cpu().numpy()   # (B, K, L, H, T, P)
             for b, own in enumerate(prompts):
                 for k, ids in enumerate(own):
                     yield cross[b, k, :, :, :len(ids)]
@@ -383,11 +378,10 @@ def blind_model(subject, meta, steps=300, size=256):
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
 
     def logits(prompts):
-        ends = torch.tensor([len(ids) - 1 for ids in prompts], device=subject.device)
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(np.asarray(ids, np.int64)) for ids in prompts], True,
-                                                 PAD).to(subject.device)
+        tokens = train.rectangle([prompts])[0].to(subject.device)
+        last = (tokens != PAD).sum(1) - 1
         with train.autocast(subject.dtype, subject.device):
-            hidden = decoder(tokens)[torch.arange(len(ends), device=subject.device), ends]
+            hidden = decoder(tokens)[torch.arange(len(last), device=subject.device), last]
             return decoder.logits(hidden)[:, [NO, YES]]
 
     for _ in range(steps):
@@ -452,13 +446,8 @@ def generate(subject, jobs):
     model, said, jobs = subject.model, [], iter(jobs)
     while batch := list(itertools.islice(jobs, subject.cfg.eval_batch)):
         pictures, prompts = zip(*batch)
-        K, T = max(map(len, prompts)), max(len(ids) for own in prompts for ids in own)
-        tokens = torch.full((len(batch), K, T), PAD, device=subject.device)
-        for b, own in enumerate(prompts):
-            for k in range(K):                          # pictures with fewer questions repeat their last
-                ids = own[min(k, len(own) - 1)]
-                tokens[b, k, T - len(ids):] = torch.as_tensor(ids)
-        room = min(subject.cfg.max_new_tokens, subject.cfg.max_text - T)
+        tokens = train.rectangle(prompts, left=True).to(subject.device)
+        room = min(subject.cfg.max_new_tokens, subject.cfg.max_text - tokens.shape[-1])
         with train.autocast(subject.dtype, subject.device):
             new, _ = model.generate(subject.images(np.stack(pictures)), tokens, room)
         for b, own in enumerate(prompts):
@@ -948,19 +937,19 @@ def rounded(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def text_of(entry, unit=""):
+def text_of(entry):
     """`93.31 [92.70, 93.90]  n=1234` of a row."""
     if entry["value"] is None:
         return f"{'-':>6}  n={entry['n']}"
-    return f"{entry['value']:6.2f}{unit} [{entry['low']:.2f}, {entry['high']:.2f}]  n={entry['n']}"
+    return f"{entry['value']:6.2f} [{entry['low']:.2f}, {entry['high']:.2f}]  n={entry['n']}"
 
 
 def print_page(page):
     """The page for people; every figure of it stands in eval.json."""
-    def table(title, rows, unit=""):
+    def table(title, rows):
         print(f"\n{title}")
         for name, entry in rows.items():
-            print(f"  {name:<26} {text_of(entry, unit)}")
+            print(f"  {name:<26} {text_of(entry)}")
 
     print(f"\n{page['split']} split: balanced accuracy in % [95% interval over pictures], n questions")
     table("overall", {"all": page["overall"]})

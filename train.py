@@ -33,7 +33,7 @@ import config
 import prepare
 from config import UserError
 from model import VLM, pick_device
-from tokenizer import IGNORE, NO, PAD, YES, Tokenizer
+from tokenizer import IGNORE, NO, PAD, YES, Tokenizer, pad
 
 FORMAT = 1                    # of checkpoints
 # What may differ when a run goes on; any other setting would change what was being trained.
@@ -333,23 +333,25 @@ def autocast(dtype, device):
 
 # ---- prediction, shared with evaluate.py ----
 
+def rectangle(prompts, left=False):
+    """Prompts as tokens (B, K, T): B lists of K lists of ids, where K may differ; [PAD] after (left: before) each."""
+    K = max(map(len, prompts))
+    rows = [list(ids) for own in prompts for ids in [*own, *[[PAD]] * (K - len(own))]]
+    return torch.tensor(pad(rows, left=left)).unflatten(0, (len(prompts), K))
+
+
 @torch.no_grad()
 def answer_odds(model, images, prompts, device, dtype):
     """Log-odds of YES against NO: list of arrays (K,), one a picture. The answer is read at the end of each prompt.
 
-    images (B, 3, S, S) float32 normalised; prompts: B lists of K lists of ids, where K may differ.
+    images (B, 3, S, S) float32 normalised; prompts as for `rectangle`.
     """
-    K, T = max(map(len, prompts)), max(len(ids) for own in prompts for ids in own)
-    tokens, ends = np.full((len(prompts), K, T), PAD), np.ones((len(prompts), K), np.int64)
-    for b, own in enumerate(prompts):
-        for k, ids in enumerate(own):
-            tokens[b, k, :len(ids)], ends[b, k] = ids, len(ids)
+    tokens = rectangle(prompts).flatten(0, 1).to(device)                                          # (B*K, T)
+    last = (tokens != PAD).sum(1).clamp(min=1) - 1
     with autocast(dtype, device):
-        vision = model.encode(images.to(device))
-        hidden = model.decoder(torch.from_numpy(tokens).to(device).flatten(0, 1), vision)         # (B*K, T, D)
-        last = torch.from_numpy(ends).to(device).flatten() - 1
-        logits = model.decoder.logits(hidden[torch.arange(len(hidden), device=device), last])      # (B*K, V)
-    odds = (logits[:, YES] - logits[:, NO]).view(len(prompts), K).cpu().numpy()
+        hidden = model.decoder(tokens, model.encode(images.to(device)))                           # (B*K, T, D)
+        logits = model.decoder.logits(hidden[torch.arange(len(hidden), device=device), last])     # (B*K, V)
+    odds = (logits[:, YES] - logits[:, NO]).view(len(prompts), -1).cpu().numpy()
     return [row[:len(own)] for row, own in zip(odds, prompts)]
 
 
