@@ -910,6 +910,24 @@ def confusions(asked, odds, least=20):
     return sorted(found, key=lambda c: -c["times"])
 
 
+def command_pairs(asked, odds):
+    """Which kinds of command are mixed up: of two about one picture whose truths differ, how often both get one answer.
+
+    {templates, n, same, expected}: (C, C) matrices over templates, in %; expected: were their errors independent.
+    """
+    names = sorted({q.template for q in asked.questions})
+    kind = np.eye(len(names))[[names.index(q.template) for q in asked.questions]]                # (n, C)
+    said, n, same = odds > 0, np.zeros((len(names),) * 2), np.zeros((len(names),) * 2)
+    for picture in np.unique(asked.picture):
+        own = asked.picture == picture
+        differ = asked.truth[own][:, None] != asked.truth[own]
+        n += kind[own].T @ differ @ kind[own]
+        same += kind[own].T @ (differ & (said[own][:, None] == said[own])) @ kind[own]
+    error = (kind * (said != asked.truth)[:, None]).sum(0) / kind.sum(0)
+    return dict(templates=names, n=n.astype(int).tolist(), same=(100 * same / np.maximum(n, 1)).tolist(),
+                expected=(100 * (error[:, None] + error - 2 * error[:, None] * error)).tolist())
+
+
 # ---- two checkpoints ----
 
 def compare(subject, other, asked, odds):
@@ -1123,7 +1141,7 @@ def evaluate(cfg):
     page["head_ablation"] = head_ablation(subject, Questions(subject, meta, cfg.split, cfg.head_items))
     stage("failures")
     records, counts = failures(subject, asked, odds)
-    page["failures"] = dict(counts=counts, confusions=confusions(asked, odds))
+    page["failures"] = dict(counts=counts, confusions=confusions(asked, odds), command_pairs=command_pairs(asked, odds))
     if other:
         stage("the other checkpoint")
         page["against"] = compare(subject, other, asked, odds)
