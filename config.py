@@ -103,17 +103,18 @@ focal_gamma = 0.0             # focal loss on the answer token; 0 = cross-entrop
 entropy_weight = 0.0          # weight of the cross-attention entropy (> 0 asks for focused attention)
 contrast_weight = 0.0         # weight of the SigLIP sigmoid loss between images and "describe" texts
 freeze_vision_steps = 0       # updates for which the vision encoder does not learn; -1 = never learns
-eval_every = 500              # updates between validations
+eval_every = 500              # updates between validations, and between saves of last.pt
 eval_items = 2000             # validation commands used while training; 0 = all
 early_stopping: int | None = None  # stop after this many validations without improvement
 save_top = 1                  # best checkpoints kept beside best.pt (best-STEP.pt) when above 1
 log_every = 50                # updates between log lines
 tensorboard = False           # also write TensorBoard events (needs the tensorboard package)
-resume = False                # continue out_dir/last.pt
+resume = False                # continue out_dir/last.pt, or the file that --checkpoint names
+export = ""                   # write a checkpoint without what only training needs to this file, and stop
 prefetch = 2                  # batches prepared ahead by a thread
 
 # ---- evaluation ----
-checkpoint = ""               # file to evaluate or to answer with; empty = out_dir/best.pt
+checkpoint = ""               # file to evaluate, to answer with or to export; empty = out_dir/best.pt
 eval_batch = 64               # images a batch in evaluation
 bootstrap = 1000              # resamples of a confidence interval
 split = "test"                # split to evaluate
@@ -183,17 +184,17 @@ def cast(name, text):
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        raise UserError(f"--{name} wants True or False, got '{text}'")
+        raise UserError(f"--{name} wants True or False, got {text!r}")
     try:
         value = kind(text)
         if kind is float and value != value:
             raise ValueError
     except ValueError:
         words = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"--{name} wants {words}, got '{text}'") from None
+        raise UserError(f"--{name} wants {words}, got {text!r}") from None
     if name in CHOICES and value not in CHOICES[name]:
         choices = CHOICES[name]
-        raise UserError(f"--{name} must be one of {', '.join(choices)}, got '{text}'" + nearest(text, choices))
+        raise UserError(f"--{name} must be one of {', '.join(choices)}, got {text!r}" + nearest(text, choices))
     return value
 
 
@@ -251,7 +252,7 @@ def from_args(argv=(), doc="", **fixed):
             sys.exit(0)
         match = re.fullmatch(r"--(\w+)=(.*)", arg, re.DOTALL)
         if not match:
-            raise UserError(f"cannot read '{arg}': settings are given as --key=value, see --help")
+            raise UserError(f"cannot read {arg!r}: settings are given as --key=value, see --help")
         name, text = match.groups()
         if name not in SETTINGS:
             raise UserError(f"unknown config key '{name}'" + nearest(name, SETTINGS))
@@ -283,10 +284,10 @@ def describe():
 
 
 def run(main, doc):
-    """Run a script: main(cfg) with the command line's settings; a UserError is one line and exit status 2."""
+    """Run a script: main(cfg) with the command line's settings; a UserError or full disk is one line, exit status 2."""
     try:
         main(from_args(sys.argv[1:], doc))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -8,9 +8,11 @@ import csv
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -734,9 +736,56 @@ def interrupt_at(monkeypatch, step):
 
     def scale_or_stop(now, cfg):
         if now == step:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return scale(now, cfg)
     monkeypatch.setattr(train, "lr_scale", scale_or_stop)
+
+
+def made_up(root, **changes):
+    """Settings of a run of milliseconds an update: 12 pictures of noise a set, random words, in a folder of their own.
+
+    numpy's generator makes all of it, so that it is the same on every machine, and a pass takes 3 updates.
+    """
+    cfg = small_run(SimpleNamespace(cfg=DEFAULTS), root / "out", data_dir=str(root / "data"), image_size=32,
+                    patch_size=8, **changes)
+    rng, words, k = np.random.default_rng(0), Tokenizer(train.TAGS + ["left", "right", "?"]).words, np.arange(96)
+    folder = Path(cfg.data_dir)
+    folder.mkdir(parents=True)
+    np.save(folder / "images.npy", rng.integers(0, 256, (36, 32, 32, 3), np.uint8))
+    for i, name in enumerate(("train", "val", "test")):
+        prompt, answer = 4 + k % 3, np.where(k % 8 < 4, k % 2, -1)         # of 8 commands, 4 are descriptions
+        index = np.stack([12 * i + k // 8, prompt, prompt + 3 + k % 4, answer], 1)
+        tokens = rng.integers(6, len(words), (96, 12))
+        tokens[k, prompt] = np.where(answer < 0, tokens[k, prompt], np.where(answer, tokenizer.YES, tokenizer.NO))
+        tokens[np.arange(12) >= index[:, 2:3]] = tokenizer.PAD
+        np.save(folder / f"index_{name}.npy", index.astype(np.int32))
+        np.save(folder / f"tokens_{name}.npy", tokens.astype(np.uint16))
+        (folder / f"commands_{name}.jsonl").write_text('{"family": "noise"}\n' * 96, encoding="utf-8")
+    meta = dict(magic=prepare.MAGIC, version=prepare.VERSION, hash=config.data_hash(cfg), mean=[0.5] * 3, std=[0.3] * 3)
+    for name, content in (("vocab.json", words), ("meta.json", meta)):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return cfg
+
+
+def last_of(cfg):
+    """What last.pt holds but for the settings, which may differ in out_dir and resume."""
+    state = train.load_checkpoint(Path(cfg.out_dir) / "last.pt")
+    return {k: v for k, v in state.items() if k != "config"}
+
+
+def logged(cfg):
+    """The rows of log.csv without times."""
+    with open(Path(cfg.out_dir) / "log.csv", newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k not in ("ms", "pairs_per_s", "wait_share", "seconds")}
+                for row in csv.DictReader(file)]
+
+
+class Killed(BaseException):
+    """The end of a process, which nothing catches."""
+
+
+def killed(*_):
+    raise Killed
 
 
 def wordings(question, paraphrase, tries=12):
@@ -1611,37 +1660,113 @@ def test_accumulated_small_batches_learn_what_one_large_batch_learns(drawn, tmp_
     assert a[4] < a[2]
 
 
-def test_resuming_after_an_interrupt_equals_never_stopping(drawn, tmp_path, monkeypatch):
-    cfg = small_run(drawn, tmp_path / "whole", max_steps=6, eval_every=4, dropout=0.2, see_steps=2)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resuming_after_an_interrupt_equals_never_stopping(tmp_path, monkeypatch, dtype, capsys):
+    """To the bit, wherever it stopped: in either stage, in a later pass, between log lines, after validations."""
+    cfg = made_up(tmp_path, max_steps=8, see_steps=3, eval_every=2, log_every=3, dropout=0.2, dtype=dtype, grad_accum=2)
     finished = train.train(cfg)
-    cut = changed(cfg, out_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(cut)
-    assert train.load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == 3
-    again = train.train(changed(cut, resume=True))
-    assert log_losses(tmp_path / "cut") == log_losses(tmp_path / "whole")
-    a, b = (train.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    assert a["step"] == b["step"] == 6 and a["best"] == b["best"]
-    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
-    assert again["test_accuracy"] == finished["test_accuracy"]
-    with pytest.raises(UserError, match="lr was 0.002, now 0.1"):
-        train.train(changed(cut, resume=True, lr=0.1))
+    state, log, noise = last_of(cfg), logged(cfg), torch.get_rng_state()
+    assert state["step"] == 8 and [row["step"] for row in log] == ["3", "4", "6", "6", "8", "8"]
+    for stop in (1, 3, 4, 5, 7):
+        cut = changed(cfg, out_dir=str(tmp_path / f"cut{stop}"))
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, stop)
+            with pytest.raises(KeyboardInterrupt):
+                train.train(cut)
+        assert last_of(cut)["step"] == stop and "--resume=True" in capsys.readouterr().out
+        again = train.train(changed(cut, resume=True))
+        assert train.checksum(last_of(cut)) == train.checksum(state) and logged(cut) == log, stop
+        assert torch.equal(torch.get_rng_state(), noise) and again["test_accuracy"] == finished["test_accuracy"]
 
 
-def test_the_loss_logged_after_a_resume_is_a_mean_of_measured_losses(drawn, tmp_path, monkeypatch):
-    cfg = small_run(drawn, tmp_path / "whole")
+def test_resuming_says_what_changed_and_refuses_what_would_train_something_else(tmp_path, capsys):
+    cfg = made_up(tmp_path, max_steps=2)
     train.train(cfg)
-    single = log_losses(tmp_path / "whole")
-    cut = changed(cfg, out_dir=str(tmp_path / "cut"), log_every=4)
+    with pytest.raises(UserError, match="seed was 1337, now 3, lr was 0.002, now 0.1$"):
+        train.train(changed(cfg, resume=True, lr=0.1, seed=3, eval_every=5))
+    train.train(changed(cfg, resume=True, max_steps=3, eval_every=5))
+    assert "at step 2; max_steps was 2, now 3; eval_every was 500, now 5" in capsys.readouterr().out
+    vocabulary = Path(cfg.data_dir) / "vocab.json"
+    vocabulary.write_text(vocabulary.read_text(encoding="utf-8").replace("?", "!"), encoding="utf-8")
+    with pytest.raises(UserError, match="vocabulary"):
+        train.train(changed(cfg, resume=True))
+
+
+def test_a_killed_run_goes_on_from_its_last_save(tmp_path, monkeypatch):
+    """Killed in an update, with rows logged after the save, and while saving: nothing but a leftover, which goes."""
+    cfg = made_up(tmp_path, max_steps=6, eval_every=2)
+    train.train(cfg)
+    for name, where in (("update", (train, "lr_scale", lambda step, cfg: killed() if step == 5 else 1.0)),
+                        ("saving", (train.os, "replace", killed))):
+        cut = changed(cfg, out_dir=str(tmp_path / name), schedule="constant", warmup_steps=0)
+        if name == "saving":
+            train.train(changed(cut, max_steps=4))
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(*where)
+            train.train(changed(cut, resume=name == "saving"))
+        assert last_of(cut)["step"] == 4 and (len(list(Path(cut.out_dir).glob("*.tmp"))) == 1) == (name == "saving")
+        train.train(changed(cut, resume=True))
+        assert not list(Path(cut.out_dir).glob("*.tmp"))
+        whole = changed(cut, out_dir=str(tmp_path / f"whole {name}"))
+        train.train(whole)
+        assert logged(cut)[-2:] == logged(whole)[-2:] and train.checksum(last_of(cut)) == train.checksum(last_of(whole))
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path, monkeypatch):
+    cfg = made_up(tmp_path, max_steps=2)
+    train.train(cfg)
+    before = {p.name: p.read_bytes() for p in Path(cfg.out_dir).glob("*.pt")}
+    full = OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(cut)
-    train.train(changed(cut, resume=True))
-    logged = log_losses(tmp_path / "cut")[4]
-    assert min(abs(logged - single[4]), abs(logged - np.mean(list(single.values())))) < 1e-4
+        patch.setattr(train.os, "fsync", lambda file: (_ for _ in ()).throw(full))
+        with pytest.raises(UserError, match="best.pt.*unchanged.*No space left"):
+            train.train(cfg)
+    assert before == {p.name: p.read_bytes() for p in Path(cfg.out_dir).glob("*.pt*")}
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="file"):
+        train.train(changed(cfg, out_dir=str(tmp_path / "file")))
+
+
+# Every fourth loss of the run below; to be replaced, by what the failing test shows, only when training should change.
+GOLDEN = [0.6925363, 0.695637, 0.6590006, 0.6394956, 0.6129235, 5.213581, 4.797046, 4.442553, 4.119147, 3.958681,
+          3.991219, 3.724354, 3.886591, 3.793683, 3.728743, 3.623122, 3.610896, 3.598793, 3.623253, 3.551787, 3.456435,
+          3.642663, 3.519561, 3.643445, 3.576014]
+
+
+def test_golden_losses(tmp_path):
+    """Equal to what was measured to 1e-5, whatever the threads; twice on one machine, to the bit."""
+    cfg = made_up(tmp_path, max_steps=100, see_steps=20, warmup_steps=10, lr=1e-3)
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for name, count in (("a", 1), ("b", 1), ("c", 2)):
+            torch.set_num_threads(count)
+            run = changed(cfg, out_dir=str(tmp_path / name))
+            train.train(run)
+            losses = [loss for step, loss in log_losses(run.out_dir).items() if step % 4 == 0]
+            assert losses == pytest.approx(GOLDEN, rel=1e-5), losses
+            runs.append((losses, train.checksum(last_of(run))))
+    finally:
+        torch.set_num_threads(threads)
+    assert runs[0] == runs[1]
+
+
+def test_two_processes_go_on_as_one_would(tmp_path, monkeypatch):
+    """Same losses, validation and test, from the checkpoint of one process; printed and written once."""
+    cfg = made_up(tmp_path / "a b", max_steps=6, see_steps=3, batch_size=3, grad_accum=2, eval_batch=2, eval_every=2)
+    alone = train.train(cfg)
+    two = changed(cfg, out_dir=str(tmp_path / "a b" / "two"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 1)
+        train.train(two)
+    given = [f"--{k}={v}" for k, v in vars(two).items() if v != getattr(DEFAULTS, k)]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           train.__file__, *given, "--resume=True"], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout and done.stdout.count("test_accuracy") == 1
+    for one, both in zip(logged(cfg), logged(two), strict=True):
+        assert all(a == b or float(a) == pytest.approx(float(b), rel=1e-5) for a, b in zip(one.values(), both.values()))
+    assert json.loads((Path(two.out_dir) / "train.json").read_text())["test_accuracy"] == alone["test_accuracy"]
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -1748,37 +1873,103 @@ def test_training_ends_with_the_test_score_of_its_best_checkpoint(drawn, tmp_pat
     assert spoken.words == data.tokenizer.words
 
 
-def test_a_broken_checkpoint_is_a_named_error(tmp_path):
-    train.save_checkpoint(tmp_path / "good.pt", dict(format=train.FORMAT, model={"w": torch.ones(2000)}))
-    assert train.load_checkpoint(tmp_path / "good.pt")["model"]["w"].sum() == 2000
-    full = (tmp_path / "good.pt").read_bytes()
-    (tmp_path / "half.pt").write_bytes(full[:len(full) // 2])
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    (tmp_path / "empty.pt").write_bytes(b"")
-    torch.save({"other": 1}, tmp_path / "foreign.pt")
-    for name in ("half.pt", "text.pt", "empty.pt", "foreign.pt", "absent.pt"):
-        with pytest.raises(UserError, match=name) as error:
-            train.load_checkpoint(tmp_path / name)
-        assert "\n" not in str(error.value)
-    assert not list(tmp_path.glob("*.tmp"))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Settings of a run that is over, with best.pt and last.pt. Nobody writes to its folder."""
+    cfg = made_up(tmp_path_factory.mktemp("trained"), max_steps=2)
+    train.train(cfg)
+    return cfg
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(drawn, tmp_path, monkeypatch):
-    models, calls, loss = [], [], train.token_loss
+def test_a_broken_checkpoint_is_a_named_error_that_offers_the_other(trained, tmp_path):
+    whole = (Path(trained.out_dir) / "last.pt").read_bytes()
+    state = torch.load(Path(trained.out_dir) / "last.pt", weights_only=True)
+    good = {k: v for k, v in state.items() if k != "checksum"}
+    for name, content, says in [
+            ("half", whole[:len(whole) // 2], "damaged"), ("text", b"not a checkpoint", "damaged"),
+            ("empty", b"", "damaged"), ("list", [1], "format None"), ("foreign", dict(other=1), "format None"),
+            ("other", dict(good, format=1), "format 1.*reads format 2"),
+            ("less", {k: v for k, v in good.items() if k != "scaler"}, "lacks scaler"),
+            ("more", dict({k: v for k, v in good.items() if k != "step"}, ema=1), "lacks step and holds unknown ema"),
+            ("changed", dict(state, step=3), "does not match its checksum"), ("absent", None, "no checkpoint")]:
+        path = tmp_path / f"{name}.pt"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(UserError, match=says) as error:
+            train.load_checkpoint(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value) and "whole" not in str(error.value)
+    shutil.copy(Path(trained.out_dir) / "last.pt", tmp_path / "last.pt")
+    (tmp_path / "best.pt").write_bytes(whole[:-1000])
+    with pytest.raises(UserError, match="best.pt.*damaged.*last.pt of step 2 is whole: pass --checkpoint="):
+        train.load_checkpoint(tmp_path / "best.pt")
+    (tmp_path / "last.pt").write_bytes(whole[:-1000])
+    with pytest.raises(UserError, match="last.pt.*damaged") as error:
+        train.train(changed(trained, out_dir=str(tmp_path), resume=True))
+    assert "whole" not in str(error.value)
+
+
+def test_a_flipped_byte_is_refused_or_changes_nothing(trained, tmp_path):
+    """Some bytes of the file hold no content: padding, and fields that torch does not read."""
+    path, refused = Path(trained.out_dir) / "last.pt", 0
+    whole, content = path.read_bytes(), train.checksum(train.load_checkpoint(path))
+    for place in np.random.default_rng(0).integers(0, len(whole), 60):
+        flipped = bytearray(whole)
+        flipped[place] ^= 16
+        (tmp_path / "flipped.pt").write_bytes(flipped)
+        try:
+            assert train.checksum(train.load_checkpoint(tmp_path / "flipped.pt")) == content
+        except UserError as error:
+            assert "flipped.pt" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 20
+
+
+def test_weights_of_another_architecture_are_named(trained, tmp_path):
+    state = train.load_checkpoint(Path(trained.out_dir) / "best.pt")
+    weights = {k: v for k, v in state["model"].items() if k != "vision.norm.bias"}
+    weights["decoder.embedding.weight"] = weights["decoder.embedding.weight"][:-1]
+    train.save_checkpoint(tmp_path / "odd.pt", dict(state, model=dict(weights, extra=torch.zeros(2))))
+    with pytest.raises(UserError, match=r"odd.pt.* 3 tensors.*embedding.weight is \((\d+), 32\) there") as error:
+        train.load_model(changed(DEFAULTS, checkpoint=str(tmp_path / "odd.pt"), device="cpu"))
+    assert "extra is (2,) there, absent here" in str(error.value)
+    assert "vision.norm.bias is absent there, (32,) here" in str(error.value)
+
+
+def test_an_export_answers_like_its_checkpoint_but_cannot_be_resumed(trained, tmp_path):
+    file = tmp_path / "a model.pt"
+    train.train(changed(trained, export=str(file)))
+    assert file.stat().st_size < 0.5 * (Path(trained.out_dir) / "best.pt").stat().st_size
+    wished = changed(DEFAULTS, device="cpu", data_dir=trained.data_dir, out_dir=trained.out_dir)
+    (model, cfg, words, state, _), (best, *_) = (train.load_model(changed(wished, checkpoint=path))
+                                                 for path in (str(file), ""))
+    assert train.checksum(model.state_dict()) == train.checksum(best.state_dict()) and set(state) == train.WEIGHTS
+    assert cfg.vision_dim == 32 and "left" in words.ids
+    with pytest.raises(UserError, match="a model.pt exists"):
+        train.train(changed(trained, export=str(file)))
+    with pytest.raises(UserError, match="a model.pt holds weights alone"):
+        train.train(changed(trained, resume=True, checkpoint=str(file)))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(tmp_path, monkeypatch):
+    models, loss = [], train.token_loss
     monkeypatch.setattr(train, "VLM", lambda *args: models.append(VLM(*args)) or models[-1])
-    cfg = small_run(drawn, tmp_path, eval_every=2, max_steps=6)
+    cfg = made_up(tmp_path, eval_every=2, max_steps=6, grad_accum=2)
+    out = Path(cfg.out_dir)
 
-    def spoiled(logits, targets, cfg):
-        calls.append(1)
-        saved = (tmp_path / "last.pt").exists()                            # after the validation of step 2
-        return loss(logits, targets, cfg) * (float("nan") if saved else 1.0)
+    def spoiled(logits, targets, cfg):                                     # after the validation of step 2
+        return loss(logits, targets, cfg) * (float("nan") if (out / "last.pt").exists() else 1.0)
     monkeypatch.setattr(train, "token_loss", spoiled)
-    with pytest.raises(UserError, match="step 2.*nothing was updated"):
+    with pytest.raises(UserError, match="loss is nan.*step 2.*nothing was updated.*bad_batch.pt"):
         train.train(cfg)
-    state = train.load_checkpoint(tmp_path / "last.pt")
-    assert state["step"] == 2 and calls
+    state, bad = train.load_checkpoint(out / "last.pt"), torch.load(out / "bad_batch.pt", weights_only=True)
+    assert state["step"] == bad["step"] == 2 and bad["position"] == 2 * 2 * 4 and math.isnan(bad["loss"])
     for name, p in models[0].named_parameters():
         assert torch.equal(p.detach(), state["model"][name]), name
+    data = train.Data(cfg, prepare.load_meta(cfg), "train")
+    for micro, position in zip(bad["micro_batches"], (16, 20), strict=True):
+        assert train.checksum(micro) == train.checksum(vars(data.batch(position, 4)))
 
 
 def test_early_stopping_stops_when_nothing_improves(drawn, tmp_path, capsys):
@@ -1857,7 +2048,8 @@ def saved(tmp_path_factory):
     words = commands.vocabulary()
     model = VLM(cfg, len(Tokenizer(words)))
     train.save_checkpoint(root / "best.pt", dict(format=train.FORMAT, model=model.state_dict(), config=vars(cfg),
-                                                 words=words, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3]))
+                                                 words=words, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3], step=0,
+                                                 data_hash=config.data_hash(cfg)))
     (root / "pictures").mkdir()
     for name in ("b", "a"):
         picture = prepare.draw_scene(prepare.sample_scene(name, cfg), 64)

@@ -5,27 +5,37 @@
 - A batch is a function of (seed, position): resuming needs no loader state, and 4 x 8 accumulated equals 32 at once.
 - Augmentation keeps the truth: a flip swaps left and right in the text, a crop is made only if all answers hold.
 - best.pt by validation balanced accuracy, last.pt to go on from, log.csv beside them; Ctrl-C saves.
+- Several processes share each batch, and learn what one process learns.
 
     python train.py                                   default: minutes on 2 CPU cores
     python train.py --batch_size=4 --grad_accum=8
     python train.py --resume=True
     python train.py --preset=base --device=cuda
+    python train.py --export=model.pt                 best.pt without what only training needs
+    torchrun --standalone --nproc_per_node=2 train.py
 
 Shapes: B images, K commands for each, T text tokens, M learned tokens, V words.
 """
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import os
-import queue
+import shlex
+import signal
+import sys
 import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import commands
@@ -35,12 +45,14 @@ from config import UserError
 from model import VLM, pick_device
 from tokenizer import IGNORE, NO, PAD, YES, Tokenizer, pad
 
-FORMAT = 1                    # of checkpoints
+FORMAT = 2                    # of checkpoints
+# What a checkpoint holds: what answering needs, which is all that --export writes, and what going on needs besides.
+WEIGHTS = {"format", "config", "words", "mean", "std", "data_hash", "step", "model"}
+PROGRESS = {"tagger", "optimizer", "scaler", "best", "since_best", "top", "unlogged"}
 # What may differ when a run goes on; any other setting would change what was being trained.
-RESUMABLE = {"resume", "device", "dtype", "workers", "prefetch", "log_every", "eval_every", "eval_batch", "eval_items",
-             "tensorboard", "save_top", "max_steps", "early_stopping", "checkpoint", "bootstrap", "split", "image",
-             "command", "beam", "max_new_tokens", "out_dir", "data_dir", "attention", "against", "sample_items",
-             "probe_items", "head_items", "stored_maps"}
+RESUMABLE = {k for k, (section, _, _) in config.SETTINGS.items() if section in ("evaluation", "answering")} | {
+    "resume", "device", "dtype", "workers", "prefetch", "log_every", "eval_every", "eval_items", "tensorboard",
+    "save_top", "max_steps", "early_stopping", "out_dir", "data_dir", "attention"}
 
 # ---- data ----
 
@@ -165,31 +177,53 @@ class Data:
 
 def prefetched(make, first, last, depth):
     """make(i) for i in [first, last), computed by a thread up to `depth` ahead."""
-    ready, stopped = queue.Queue(depth), threading.Event()
-
-    def work():
+    with ThreadPoolExecutor(1) as thread:
+        ahead = deque(thread.submit(make, i) for i in range(first, min(first + depth, last)))
         for i in range(first, last):
-            try:
-                item = make(i)
-            except Exception as error:                      # shown where the batch is used
-                item = error
-            while not stopped.is_set():
-                with contextlib.suppress(queue.Full):
-                    ready.put(item, timeout=0.1)
-                    break
-            if stopped.is_set():
-                return
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        for _ in range(first, last):
-            item = ready.get()
-            if isinstance(item, Exception):
-                raise item
+            item = ahead.popleft().result()
+            if i + depth < last:
+                ahead.append(thread.submit(make, i + depth))
             yield item
-    finally:
-        stopped.set()
-        thread.join()
+
+
+# ---- several processes ----
+# Each holds the whole model and takes its slice of the pictures of every micro-batch. Gradients are summed by hand:
+# a loss is a sum over all tokens divided by one total, so the sum of gradients is exact where the mean that
+# DistributedDataParallel takes is not, and a stage that leaves parameters out needs nothing special.
+
+def join_processes(device):
+    """Meet the processes that torchrun started, if it did; returns the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def processes():
+    """(number of this process, how many there are): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def summed(tensor):
+    """`tensor` summed over all processes, in place; it waits for all. Raises UserError when one of them is gone."""
+    if processes()[1] > 1:
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise UserError("another process of this training has ended; go on with the same command and "
+                            f"--resume=True ({str(error).splitlines()[0][-100:]})") from None
+    return tensor
+
+
+def sum_gradients(parameters):
+    """Sum the gradients over all processes, as one vector."""
+    if processes()[1] > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        vector = summed(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, vector.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
 
 
 # ---- losses ----
@@ -249,12 +283,13 @@ class WordTagger(torch.nn.Module):
 def batch_loss(model, tagger, batch, cfg, total_weight, read=True):
     """Loss of a micro-batch as its share of an update: token losses / total_weight of the whole update, plus extras.
 
-    read: False in the first stage, when only the encoder learns, from the tagger.
+    Extras are means over the micro-batch's pictures, weighed by its share of the update's. read: False in the first
+    stage, when only the encoder learns, from the tagger.
     """
     vision, loss = model.encode(batch.images), 0.0
+    share = len(batch.images) / (cfg.batch_size * cfg.grad_accum)
     if tagger is not None:
-        weight = cfg.tag_weight / cfg.grad_accum
-        loss = weight * F.binary_cross_entropy_with_logits(tagger(vision).float(), batch.tags)
+        loss = share * cfg.tag_weight * F.binary_cross_entropy_with_logits(tagger(vision).float(), batch.tags)
     if not read:
         return loss
     loss_fn = lambda logits, targets: token_loss(logits, targets, cfg) / total_weight     # noqa: E731
@@ -262,12 +297,12 @@ def batch_loss(model, tagger, batch, cfg, total_weight, read=True):
     text_loss = model.decode(vision, batch.tokens, batch.targets, loss_fn=loss_fn, attn=attn)
     if attn is not None:
         text_loss, attn = text_loss
-        loss = loss + cfg.entropy_weight * attention_entropy(attn["cross"], batch.tokens.flatten(0, 1)) / cfg.grad_accum
+        loss = loss + share * cfg.entropy_weight * attention_entropy(attn["cross"], batch.tokens.flatten(0, 1))
     loss = loss + text_loss
     if cfg.contrast_weight:       # the longest text of a picture, mostly its description, is the one that names it
         words = torch.where(batch.targets[:, 0] >= 0, batch.targets[:, 0], PAD)
         words = words.gather(1, torch.argsort((words == PAD).int(), dim=1, stable=True))      # moved to the left
-        loss = loss + cfg.contrast_weight * model.contrastive_loss(vision, words) / cfg.grad_accum
+        loss = loss + share * cfg.contrast_weight * model.contrastive_loss(vision, words)
     return loss
 
 
@@ -319,10 +354,8 @@ def pick_dtype(cfg, device):
     if device.type == "cpu":
         flags = Path("/proc/cpuinfo")
         text = flags.read_text(encoding="utf-8") if flags.exists() else ""
-        for flag in ("amx_bf16", "avx512_bf16"):
-            if flag in text:
-                return torch.bfloat16, f"{flag} found"
-        return torch.float32, "the CPU has no fast bfloat16"
+        found = next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in text), None)
+        return (torch.bfloat16, f"{found} found") if found else (torch.float32, "the CPU has no fast bfloat16")
     return torch.float32, "safest on this device"
 
 
@@ -359,9 +392,10 @@ def predict(model, data, cfg, device, dtype, picture="right", limit=0):
     """Log-odds of YES against NO for the questions of a set: (item rows (n,), log-odds (n,)).
 
     picture: right, blank (the mean colour) or wrong (another picture of the set). limit: about so many questions,
-    spread over the set; 0 = all.
+    spread over the set; 0 = all. Several processes take turns at the batches, and each returns the whole.
     """
     model.eval()
+    rank, ranks = processes()
     questions = np.flatnonzero(data.index[:, 3] >= 0)
     groups = np.split(questions, np.flatnonzero(np.diff(data.index[questions, 0])) + 1) if len(questions) else []
     if limit and limit < len(questions):
@@ -372,12 +406,17 @@ def predict(model, data, cfg, device, dtype, picture="right", limit=0):
     odds = []
     for start in range(0, len(groups), cfg.eval_batch):
         part = groups[start:start + cfg.eval_batch]
+        if start // cfg.eval_batch % ranks != rank:
+            odds += [np.zeros(len(g), np.float32) for g in part]
+            continue
         images = data.images[np.array(shown[start:start + cfg.eval_batch])]
         images = torch.from_numpy(normalise(images, data.mean, data.std))
         images = torch.zeros_like(images) if picture == "blank" else images
         prompts = [[data.tokens[r, :data.index[r, 1]] for r in g] for g in part]
         odds += answer_odds(model, images, prompts, device, dtype)
-    return (np.concatenate(groups), np.concatenate(odds)) if groups else (np.zeros(0, int), np.zeros(0))
+    if not odds:
+        return np.zeros(0, int), np.zeros(0)
+    return np.concatenate(groups), summed(torch.from_numpy(np.concatenate(odds))).numpy()
 
 
 def balanced_accuracy(truth, odds):
@@ -398,19 +437,35 @@ def validate(model, data, cfg, device, dtype):
 
 # ---- checkpoints ----
 
+def checksum(value):
+    """SHA-256, hex, of a checkpoint's content, not its file: names, dtype, shape, bytes of tensors; plain values."""
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        content = f"{value.dtype} {tuple(value.shape)} ".encode() + data.tobytes()
+    elif isinstance(value, (dict, list, tuple)):
+        content = "".join(map(checksum, value.items() if isinstance(value, dict) else value)).encode()
+    else:
+        content = repr(value).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
 def save_checkpoint(path, content):
-    """Write by a temporary file and os.replace, so that `path` is never half a checkpoint."""
+    """Write content and its checksum by a temporary file and os.replace, so that `path` is never half a checkpoint."""
     temporary = Path(f"{path}.tmp")
     try:
-        torch.save(content, temporary)
+        with open(temporary, "wb") as file:
+            torch.save(dict(content, checksum=checksum(content)), file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write the checkpoint {path}: {error}") from None
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}, what was there is unchanged: {str(error).splitlines()[0]}") from None
 
 
-def load_checkpoint(path, device="cpu"):
-    """A checkpoint's dict. Raises UserError when there is none, it is broken, or of another format."""
+def read_checkpoint(path, device="cpu"):
+    """A checkpoint's dict. Raises UserError when there is none, it is damaged, or of another format."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
@@ -418,9 +473,40 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:                              # unpickling fails in many ways
         first = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is not a checkpoint of train.py, or it is damaged: {first}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version of train.py: train again with python train.py")
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path} is of format {found!r}, and this train.py reads format {FORMAT}: train again")
+    written, needed = state.pop("checksum", None), WEIGHTS | PROGRESS if PROGRESS & set(state) else WEIGHTS
+    if set(state) != needed:
+        differs = [f"{word} {', '.join(sorted(map(str, keys)))}" for word, keys in (
+            ("lacks", needed - set(state)), ("holds unknown", set(state) - needed)) if keys]
+        raise UserError(f"{path} {' and '.join(differs)}: it is of another train.py")
+    if checksum(state) != written:
+        raise UserError(f"{path} is damaged: its content does not match its checksum")
     return state
+
+
+def load_checkpoint(path, device="cpu"):
+    """read_checkpoint, whose error offers best.pt or last.pt of the same folder if that is whole."""
+    try:
+        return read_checkpoint(path, device)
+    except UserError as error:
+        offer = ""
+        for other in (Path(path).with_name("best.pt"), Path(path).with_name("last.pt")):
+            with contextlib.suppress(UserError):
+                step = read_checkpoint(other)["step"]
+                offer = f"; {other} of step {step} is whole: pass --checkpoint={shlex.quote(str(other))}"
+        raise UserError(f"{error}{offer}") from None
+
+
+def load_weights(module, weights, path):
+    """Fill a module strictly. Raises UserError that names the tensors which differ from those of the checkpoint."""
+    there, here = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (weights, module.state_dict()))
+    differs = [f"{k} is {there.get(k, 'absent')} there, {here.get(k, 'absent')} here" for k in {**there, **here}
+               if there.get(k) != here.get(k)]
+    if differs:
+        raise UserError(f"{path} is of another architecture, {len(differs)} tensors differ: {'; '.join(differs[:3])}")
+    module.load_state_dict(weights)
 
 
 def load_model(cfg):
@@ -428,8 +514,8 @@ def load_model(cfg):
 
     The checkpoint is cfg.checkpoint or out_dir/best.pt.
     """
-    device = pick_device(cfg)
-    state = load_checkpoint(cfg.checkpoint or str(Path(cfg.out_dir) / "best.pt"), device)
+    device, path = pick_device(cfg), cfg.checkpoint or str(Path(cfg.out_dir) / "best.pt")
+    state = load_checkpoint(path, device)
     trained = dict(vars(config.from_args()), **state["config"])
     for name, (section, _, _) in config.SETTINGS.items():
         if section in ("run", "evaluation", "answering") or name == "attention":
@@ -437,8 +523,26 @@ def load_model(cfg):
     cfg = type(cfg)(**trained)
     tokenizer = Tokenizer(state["words"])
     model = VLM(cfg, len(tokenizer)).to(device)
-    model.load_state_dict(state["model"])
+    load_weights(model, state["model"], path)
     return model.eval(), cfg, tokenizer, state, device
+
+
+def export(cfg):
+    """Write what answering needs of cfg.checkpoint or out_dir/best.pt to cfg.export."""
+    path = cfg.checkpoint or Path(cfg.out_dir) / "best.pt"
+    if Path(cfg.export).exists():
+        raise UserError(f"{cfg.export} exists: export to another file, or delete it")
+    state = load_checkpoint(path)
+    save_checkpoint(cfg.export, {k: state[k] for k in WEIGHTS})
+    print(f"exported {path} of step {state['step']} to {cfg.export}")
+
+
+def cut_log(path, step):
+    """Drop what a killed run logged after `step`: the resumed run will log it again."""
+    with open(path, "rb+") as file:
+        kept = takewhile(lambda line: line.endswith(b"\n") and (
+            line.startswith(b"step") or int(line.split(b",")[0]) <= step), file)
+        file.truncate(sum(map(len, kept)))
 
 
 # ---- the loop ----
@@ -451,86 +555,103 @@ def show_example(batch, tokenizer):
 
 
 def train(cfg):
-    """Train as cfg says; returns the dict of final numbers that it prints."""
-    start = time.time()
-    if not (Path(cfg.data_dir) / "meta.json").exists():
+    """Train as cfg says; returns the dict of final numbers that it prints. With cfg.export it only exports."""
+    if cfg.export:
+        return export(cfg)
+    start, device = time.time(), join_processes(pick_device(cfg))
+    rank, ranks = processes()
+    if cfg.batch_size < ranks:
+        raise UserError(f"batch_size={cfg.batch_size} pictures cannot be shared by {ranks} processes")
+    if rank == 0 and not (Path(cfg.data_dir) / "meta.json").exists():
         print(f"no data in {cfg.data_dir}: preparing them")
         prepare.print_report(prepare.prepare(cfg), cfg)
+    summed(torch.zeros(1))                                  # the others wait for the data
     meta = prepare.load_meta(cfg)
-    device = pick_device(cfg)
     dtype, reason = pick_dtype(cfg, device)
     print(f"device {device}, dtype {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}")
+          + (f"{ranks} processes, " if ranks > 1 else "") + f"torch {torch.__version__}")
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to out_dir {out}: {error}") from None
-
     data, val = Data(cfg, meta, "train"), Data(cfg, meta, "val")
     if not len(data.pictures):
         raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
     model = VLM(cfg, len(data.tokenizer)).to(device)
     tagger = WordTagger(cfg.text_dim).to(device) if cfg.tag_weight else None
     optimizer = make_optimizer(model, tagger, cfg, device)
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best, since_best, top = 0, -1.0, 0, []
+    step, best, since_best, top, loss_sum, since = 0, -1.0, 0, [], 0.0, 0     # the last two not logged yet
     if cfg.resume:
-        state = load_checkpoint(out / "last.pt", device)
-        changed = [k for k, v in state["config"].items() if getattr(cfg, k, v) != v and k not in RESUMABLE]
-        if changed:
-            raise UserError("resuming with other settings would train something else: " + ", ".join(
-                f"{k} was {state['config'][k]!r}, now {getattr(cfg, k)!r}" for k in changed))
-        model.load_state_dict(state["model"])
+        path = cfg.checkpoint or out / "last.pt"
+        state = load_checkpoint(path, device)
+        if not PROGRESS <= set(state):
+            raise UserError(f"{path} holds weights alone, as --export writes them: there is no training to resume")
+        changed = {k: f"{k} was {v!r}, now {getattr(cfg, k)!r}" for k, v in state["config"].items()
+                   if getattr(cfg, k, v) != v and k != "resume"}
+        refused = [text for k, text in changed.items() if k not in RESUMABLE]
+        if refused or state["words"] != data.tokenizer.words:
+            raise UserError("resuming with other settings would train something else: "
+                            + (", ".join(refused) or "the vocabulary is another"))
+        load_weights(model, state["model"], path)
         if tagger is not None:
-            tagger.load_state_dict(state["tagger"])
+            load_weights(tagger, state["tagger"], path)
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"].cpu())
-        step, best, since_best, top = state["step"], state["best"], state["since_best"], state["top"]
-        print(f"resumed {out / 'last.pt'} at step {step}")
+        if state["scaler"]:                                 # empty but for float16
+            scaler.load_state_dict(state["scaler"])
+        step, best, since_best, top = (state[k] for k in ("step", "best", "since_best", "top"))
+        loss_sum, since = state["unlogged"]
+        print("; ".join([f"resumed {path} at step {step}", *changed.values()]))
     parameters = sum(p.numel() for p in model.parameters())
     pairs = cfg.batch_size * cfg.grad_accum * cfg.commands_per_image
     print(f"{parameters / 1e6:.2f}M parameters; {len(data.pictures)} training pictures, {len(data.index)} commands; "
           f"{cfg.max_steps} updates of {pairs} pairs, the first {first_stage(cfg)} of pictures alone, "
           f"{cfg.max_steps * pairs / cfg.commands_per_image / len(data.pictures):.1f} passes")
+    write = save_checkpoint if rank == 0 else lambda path, content: None
 
     def checkpoint(path):
-        save_checkpoint(path, dict(
+        write(path, dict(
             format=FORMAT, model=model.state_dict(), tagger=tagger and tagger.state_dict(),
             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, best=best,
-            since_best=since_best, top=top, rng=torch.get_rng_state(), config=vars(cfg), mean=meta["mean"],
+            since_best=since_best, top=top, unlogged=[loss_sum, since], config=vars(cfg), mean=meta["mean"],
             std=meta["std"], data_hash=meta["hash"], words=data.tokenizer.words))
+        summed(torch.zeros(1))                              # the others wait until it is written
 
-    def micro_batches(update):
+    def micro_batches(update, low=cfg.batch_size * rank // ranks, high=cfg.batch_size * (rank + 1) // ranks):
         first = update * cfg.grad_accum * cfg.batch_size
-        return [data.batch(first + m * cfg.batch_size, cfg.batch_size) for m in range(cfg.grad_accum)]
+        return [data.batch(first + m * cfg.batch_size + low, high - low) for m in range(cfg.grad_accum)]
 
+    log_path = out / "log.csv" if rank == 0 else Path(os.devnull)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob("*.pt.tmp") if rank == 0 else ():                # of a run that was killed
+            leftover.unlink()
+        if cfg.resume and log_path.is_file():
+            cut_log(log_path, step)
+        log_file = open(log_path, "a" if cfg.resume else "w", newline="", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write to out_dir {out}: {error}") from None
+    log = csv.writer(log_file)
+    if log_file.tell() == 0:
+        log.writerow(["step", "loss", "lr", "grad_norm", "ms", "pairs_per_s", "wait_share", "val_accuracy", "val_loss",
+                      "cross_entropy", "seconds"])
+    if not cfg.resume:
+        show_example(data.batch(0, 1), data.tokenizer)
     board = None
-    if cfg.tensorboard:
+    if cfg.tensorboard and rank == 0:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--tensorboard=True needs the tensorboard package: pip install tensorboard") from None
         board = SummaryWriter(str(out))
-    log_path = out / "log.csv"
-    log_file = open(log_path, "a" if cfg.resume else "w", newline="", encoding="utf-8")
-    log = csv.writer(log_file)
-    if not cfg.resume:
-        log.writerow(["step", "loss", "lr", "grad_norm", "ms", "pairs_per_s", "wait_share", "val_accuracy", "val_loss",
-                      "cross_entropy", "seconds"])
-        show_example(data.batch(0, 1), data.tokenizer)
 
-    # seconds since the last log line: waiting for data, in validation; since then: start, sum of losses, updates
-    waited, looked, mark, loss_sum, since, frozen = 0.0, 0.0, time.time(), 0.0, 0, None
+    # seconds since the last log line: waiting for data, in validation; that line's time and step
+    waited, looked, mark, marked = 0.0, 0.0, time.time(), step
     batches = prefetched(micro_batches, step, cfg.max_steps, cfg.prefetch)
+    stop = threading.Event()
+    interrupt = signal.signal(signal.SIGINT, lambda *_: stop.set())               # Ctrl-C never cuts an update in two
     try:
         while step < cfg.max_steps:
-            freeze = cfg.freeze_vision_steps < 0 or step < cfg.freeze_vision_steps
-            if freeze != frozen:
-                model.freeze("vision", freeze)
-                frozen = freeze
+            model.freeze("vision", cfg.freeze_vision_steps < 0 or step < cfg.freeze_vision_steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_scale(step, cfg)
             read = step >= first_stage(cfg)
@@ -539,7 +660,14 @@ def train(cfg):
             micros = next(batches)
             waited += time.time() - before
             model.train()
-            total = sum(token_weights(m.targets[m.targets >= 0], cfg).sum().item() for m in micros)
+            weights = sum(token_weights(m.targets[m.targets >= 0], cfg).sum().item() for m in micros)
+            total, stopping = summed(torch.tensor([weights, stop.is_set()])).tolist()
+            if stopping:
+                checkpoint(out / "last.pt")
+                print(f"\nstopped at step {step}, saved {out / 'last.pt'}; to go on add --resume=True to the command")
+                raise KeyboardInterrupt
+            # The random numbers of an update (dropout) follow from its place, so that a checkpoint need hold no state.
+            torch.manual_seed(int(np.random.default_rng([cfg.seed, 2, step, rank]).integers(2 ** 63)))
             loss = 0.0
             for micro in micros:
                 micro = Batch(**{k: t.to(device, non_blocking=True) for k, t in vars(micro).items()})
@@ -547,14 +675,18 @@ def train(cfg):
                     share = batch_loss(model, tagger, micro, cfg, total, read)
                 scaler.scale(share).backward()
                 loss += share.item()
+            loss = summed(torch.tensor(loss)).item()
+            sum_gradients(learned)
             scaler.unscale_(optimizer)
-            limit = cfg.grad_clip or math.inf
-            learned = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(learned, limit).item()
+            norm = torch.nn.utils.clip_grad_norm_(learned, cfg.grad_clip or math.inf).item()
             # float16 meets infinite gradients by design: its scaler skips the update and lowers the scale
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                write(out / "bad_batch.pt", dict(
+                    step=step, loss=loss, norm=norm, position=step * cfg.grad_accum * cfg.batch_size,
+                    micro_batches=[vars(micro) for micro in micro_batches(step, 0, cfg.batch_size)]))
                 raise UserError(f"the loss is {loss}, the gradient norm {norm} at step {step}: nothing was updated. "
-                                f"Lower the learning rates, or try --dtype=float32")
+                                f"Lower the learning rates, or try --dtype=float32; {out / 'bad_batch.pt'} holds the "
+                                "batch")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -563,22 +695,22 @@ def train(cfg):
             if step % cfg.log_every == 0 or step == cfg.max_steps:
                 now = time.time()
                 spent = now - mark - looked
-                ms = 1000 * spent / since
+                ms = 1000 * spent / (step - marked)
                 row = [step, loss_sum / since, optimizer.param_groups[-1]["lr"], norm, ms, 1000 * pairs / ms,
                        waited / spent]
                 stage, end, speed = ("read", cfg.max_steps, f"{row[5]:.0f} pairs/s") if read else \
                     ("see", first_stage(cfg), f"{row[5] / cfg.commands_per_image:.0f} images/s")
                 print(f"{stage} {step}/{end}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  "
                       f"{speed}  wait {100 * row[6]:.0f}%  eta {(end - step) * ms / 1000:.0f} s", flush=True)
-                log.writerow([f"{x:.6g}" for x in row] + ["", "", "", f"{now - start:.1f}"])
+                log.writerow([f"{x:.8g}" for x in row] + ["", "", "", f"{now - start:.1f}"])
                 log_file.flush()
                 if board:
                     for name, value in zip(("loss", "lr", "grad_norm"), row[1:]):
                         board.add_scalar(name, value, step)
-                waited, looked, mark, loss_sum, since = 0.0, 0.0, now, 0.0, 0
+                waited, looked, mark, marked, loss_sum, since = 0.0, 0.0, now, step, 0.0, 0
 
+            before = time.time()
             if read and step % cfg.eval_every == 0 or step == cfg.max_steps:
-                before = time.time()
                 accuracy, val_loss = validate(model, val, cfg, device, dtype)
                 probe = data.batch(0, min(8, cfg.batch_size))
                 with torch.no_grad():
@@ -604,38 +736,37 @@ def train(cfg):
                     for _, old in top[cfg.save_top:]:
                         (out / f"best-{old}.pt").unlink(missing_ok=True)
                     top = top[:cfg.save_top]
+            if step % cfg.eval_every == 0 or step == cfg.max_steps:
                 checkpoint(out / "last.pt")
                 looked += time.time() - before
                 if cfg.early_stopping and since_best >= cfg.early_stopping:
                     print(f"stopping: no better validation in {since_best} looks")
                     break
-    except KeyboardInterrupt:
-        checkpoint(out / "last.pt")
-        print(f"\nstopped at step {step}, saved {out / 'last.pt'}; go on with the same command and --resume=True")
-        raise
     finally:
+        signal.signal(signal.SIGINT, interrupt)
         batches.close()
         log_file.close()
         if board:
             board.close()
 
-    model.load_state_dict(load_checkpoint(out / "best.pt", device)["model"])
+    load_weights(model, load_checkpoint(out / "best.pt", device)["model"], out / "best.pt")
     test = Data(cfg, meta, "test")
     rows, odds = predict(model, test, cfg, device, dtype)
     truth, items = test.index[rows, 3], prepare.read_items(cfg.data_dir, "test")
-    families = {}
-    for family in sorted({items[r]["family"] for r in rows}):
-        mine = np.array([items[r]["family"] == family for r in rows])
-        families[family] = balanced_accuracy(truth[mine], odds[mine])
-    result = dict(test_accuracy=balanced_accuracy(truth, odds), **{f"test_{k}": v for k, v in families.items()},
+    family = np.array([items[r]["family"] for r in rows])
+    by_family = {f"test_{f}": balanced_accuracy(truth[family == f], odds[family == f]) for f in sorted(set(family))}
+    result = dict(test_accuracy=balanced_accuracy(truth, odds), **by_family,
                   val_accuracy=best, parameters=parameters, steps=step, seed=cfg.seed,
                   seconds=round(time.time() - start, 1))
-    print("---")
-    for name, value in result.items():
-        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-    (out / "train.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print("---", *(f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()), sep="\n")
+    if rank == 0:
+        (out / "train.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if ranks > 1:
+        dist.destroy_process_group()
     return result
 
 
 if __name__ == "__main__":
+    if int(os.environ.get("RANK", 0)):                      # of several processes only the first speaks
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     config.run(train, __doc__)
