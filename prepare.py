@@ -695,7 +695,7 @@ def clean_frame(raw, width, height, size):
             continue
         try:
             x1, y1, x2, y2 = (float(box[k]) for k in ("x1", "y1", "x2", "y2"))
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             dropped["no box"] += 1
             continue
         if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= x1 or y2 <= y1:

@@ -905,6 +905,30 @@ def test_the_command_line_fails_with_status_2_and_one_line():
     assert done.stderr.strip().count("\n") == 0 and "batch_size" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_random_arguments_are_read_or_refused_in_one_line():
+    rng, names = random.Random(0), [*config.SETTINGS, "", "no_such"]
+    odd = ["", "0", "-1", "1e400", "inf", "nan", "9" * 5000, "١٢", "None", "True", "\0", "\n", "\ud800", "=", "--"]
+    for _ in range(300):
+        text = rng.choice(odd) if rng.random() < 0.7 else "".join(chr(rng.randrange(1, 0xd800)) for _ in range(9))
+        arguments = [f"--{rng.choice(names)}={text}" if rng.random() < 0.9 else text for _ in range(rng.randint(1, 3))]
+        try:
+            cfg = config.from_args(arguments)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert set(vars(cfg)) == set(config.SETTINGS)
+
+
+def test_random_text_is_encoded_to_known_ids(lexicon):
+    rng, alphabet = random.Random(0), [*" ?!.,'[]_-\t\n\0\ud800éß中🚗١", "[PAD]", "[YES]", "is", "there", "bus"]
+    for _ in range(300):
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 30)))
+        prompt = lexicon.prompt(text)
+        assert prompt[0] == tokenizer.SOS and prompt[-1] == lexicon.ids["?"]
+        assert all(0 <= i < len(lexicon) for i in prompt + lexicon.encode(text))
+        assert len(lexicon.unknown(text)) <= len(tokenizer.split_words(text))
+
+
 def test_text_survives_encoding_and_decoding(lexicon):
     text = "is there a car on the left , one is near ahead ?"
     ids = lexicon.encode(text)
@@ -1647,6 +1671,64 @@ def test_what_is_no_picture_is_a_named_error(tmp_path):
         for size in (None, 32):
             with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
                 prepare.load_picture(tmp_path / name, size)
+
+
+def test_mutated_labels_are_read_or_refused_by_name(tmp_path):
+    """Bytes of a list changed, dropped or doubled; values replaced by any other: no error but a UserError."""
+    path, rng = tmp_path / "list.json", random.Random(0)
+    edges = dict(x1=1.5, y1=2, x2=90, y2=80)
+    record = dict(name="a.jpg", attributes=dict(weather="clear", scene="", timeofday=None), labels=[
+        dict(category="car", box2d=edges, attributes=dict(occluded=True, trafficLightColor=[1, "G"]))])
+    odd = [None, True, -1, 1e400, "", "é", [], {}, [[]], {"": {}}, 10 ** 400, "nan"]
+
+    def mutate(value):
+        if rng.random() < 0.15:
+            return rng.choice(odd)
+        if isinstance(value, dict):
+            return {k: mutate(v) for k, v in value.items() if rng.random() < 0.95}
+        return [mutate(v) for v in value] if isinstance(value, list) else value
+    for case in range(300):
+        content = bytearray(json.dumps([mutate(record), record]).encode())
+        for _ in range(rng.choice((0, 0, 1, 5))):
+            place = rng.randrange(len(content))
+            content[place:place + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
+        path.write_bytes(content)
+        try:
+            for raw in prepare.stream_list(path, rng.choice((1, 7, 1 << 20))):
+                prepare.keep_frame(raw, DEFAULTS)
+                frame, _ = prepare.clean_frame(raw, 1280, 720, 128)
+                for label in frame["labels"]:
+                    assert all(0 <= v <= 128 for v in label["box2d"].values())
+                json.dumps(frame)
+                commands.truths(View(frame, DEFAULTS))
+        except UserError as error:
+            assert "list.json" in str(error) and "\n" not in str(error)
+
+
+def test_pictures_of_random_modes_and_damage_are_read_or_refused_by_name(tmp_path):
+    rng = random.Random(0)
+    modes = {"png": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "jpg": ("L", "RGB", "CMYK"),
+             "bmp": ("1", "L", "P", "RGB"), "gif": ("L", "P"),
+             "tif": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16"),
+             "ppm": ("1", "L", "RGB"), "webp": ("RGB", "RGBA"), "tga": ("L", "LA", "P", "RGB", "RGBA")}
+    for case in range(250):
+        kind = rng.choice(sorted(modes))
+        image = Image.new(rng.choice(modes[kind]), (rng.choice((1, 2, 3, 17, 40, 300)), rng.choice((1, 5, 33, 60))))
+        path = tmp_path / f"{case}.{kind}"
+        image.save(path)
+        content = bytearray(path.read_bytes())
+        if rng.random() < 0.7:
+            for _ in range(rng.randint(1, 4)):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+            path.write_bytes(content[:rng.randint(0, len(content))] if rng.random() < 0.3 else content)
+        size = rng.choice((None, 1, 16, 100))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                            # Pillow's, of corrupt EXIF data
+                picture = prepare.load_picture(path, size)
+            assert picture.mode == "RGB" and (size is None or picture.size == (size, size))
+        except UserError as error:
+            assert path.name in str(error) and "\n" not in str(error)
 
 
 # ---- training ----
