@@ -386,7 +386,7 @@ def blind_model(subject, meta, steps=300, size=256):
 
     for _ in range(steps):
         batch = rng.choice(rows, size)
-        loss = F.cross_entropy(logits([data.tokens[r, :data.index[r, 1]] for r in batch]),
+        loss = F.cross_entropy(logits([data.tokens[r, :data.index[r, 1]].tolist() for r in batch]),
                                torch.from_numpy(data.index[batch, 3].astype(np.int64)).to(subject.device))
         optimizer.zero_grad()
         loss.backward()

@@ -369,7 +369,7 @@ def autocast(dtype, device):
 def rectangle(prompts, left=False):
     """Prompts as tokens (B, K, T): B lists of K lists of ids, where K may differ; [PAD] after (left: before) each."""
     K = max(map(len, prompts))
-    rows = [list(ids) for own in prompts for ids in [*own, *[[PAD]] * (K - len(own))]]
+    rows = [ids for own in prompts for ids in [*own, *[[PAD]] * (K - len(own))]]
     return torch.tensor(pad(rows, left=left)).unflatten(0, (len(prompts), K))
 
 
@@ -412,7 +412,7 @@ def predict(model, data, cfg, device, dtype, picture="right", limit=0):
         images = data.images[np.array(shown[start:start + cfg.eval_batch])]
         images = torch.from_numpy(normalise(images, data.mean, data.std))
         images = torch.zeros_like(images) if picture == "blank" else images
-        prompts = [[data.tokens[r, :data.index[r, 1]] for r in g] for g in part]
+        prompts = [[data.tokens[r, :data.index[r, 1]].tolist() for r in g] for g in part]
         odds += answer_odds(model, images, prompts, device, dtype)
     if not odds:
         return np.zeros(0, int), np.zeros(0)
