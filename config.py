@@ -27,6 +27,7 @@ seed = 1337                   # of weights, data order and augmentation; scenes 
 out_dir = "out/default"       # checkpoints, log and results of this run
 data_dir = "data"             # pictures and commands that prepare.py writes
 workers = 0                   # processes that draw or decode pictures; 0 = one for each core
+max_bad_share = 0.2           # prepare.py stops when more of the frames, or of the labels, than this share is broken
 
 # ---- data: where pictures come from; a change here asks for a new prepare.py ----
 source = "drawn"              # drawn (scenes made here) or bdd100k (a folder of yours)
@@ -225,7 +226,7 @@ def check(cfg):
         need(0 < getattr(cfg, name) < math.inf, f"{name} must be above 0 and finite, got {getattr(cfg, name)}")
     need(cfg.commands_stored >= 2, f"commands_stored must be at least 2, one YES and one NO, got {cfg.commands_stored}")
     need(cfg.freeze_vision_steps >= -1, f"freeze_vision_steps must be -1, 0 or more, got {cfg.freeze_vision_steps}")
-    for name in ["dropout", "label_smoothing", "flip", "crop", "jitter", "beta1", "beta2"]:
+    for name in ["max_bad_share", "dropout", "label_smoothing", "flip", "crop", "jitter", "beta1", "beta2"]:
         need(0 <= getattr(cfg, name) < 1 or (name == "flip" and cfg.flip == 1),
              f"{name} must be at least 0 and below 1, got {getattr(cfg, name)}")
     need(0 <= cfg.descriptions_per_image <= cfg.commands_per_image,

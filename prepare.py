@@ -2,9 +2,11 @@
 
 - A scene is a spec (camera, road, weather, objects in metres); drawing it gives a picture and BDD100K-format labels.
 - A twin is an edited spec drawn again: every pixel that the edit does not touch stays the same.
-- BDD100K: the 2018 release lists, read in a stream; broken pictures and records are counted, listed and skipped.
+- BDD100K: label files of both releases, read in a stream into one record; what is broken is counted, listed, skipped.
+- A run that was interrupted goes on where it stopped when the same command is given again.
 - Writes to data_dir: images.npy (N, S, S, 3) uint8, frames.jsonl, and for each split commands_SPLIT.jsonl (readable),
-  tokens_SPLIT.npy and index_SPLIT.npy (what training reads), twins.jsonl, vocab.json, meta.json, report.png.
+  tokens_SPLIT.npy and index_SPLIT.npy (what training reads), twins.jsonl, vocab.json, meta.json, report.png and
+  rejected.csv (name, lost, kind, reason: every frame or label that was left out).
 
     python prepare.py
     python prepare.py --source=bdd100k --bdd_dir=/path/to/bdd100k
@@ -13,33 +15,42 @@ Units: metres for the scene (x right, y up, z ahead of the camera), pixels for b
 """
 import contextlib
 import csv
+import gzip
 import hashlib
+import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import struct
 import sys
 import time
+import zlib
+from array import array
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
 import commands
 import config
 from config import UserError
 from commands import MAYBE, QUESTIONS, YES, Question, View
-from tokenizer import Tokenizer, pad
+from tokenizer import Tokenizer
 
-MAGIC, VERSION = "traffic-vlm-data", 1
+MAGIC, VERSION = "traffic-vlm-data", 2
 SPLITS = ("train", "val", "test", "ood")
 WEATHERS = ("clear", "overcast", "rainy", "foggy", "snowy")
 TIMES = ("daytime", "dawn/dusk", "night")
 SCENES = ("city street", "highway", "residential")
+DRAWN_VALUES = dict(weather=WEATHERS, timeofday=TIMES, scene=SCENES)
+BDD_VALUES = dict(weather=(*WEATHERS, "partly cloudy", "undefined"), timeofday=(*TIMES, "undefined"),
+                  scene=(*SCENES, "parking lot", "tunnel", "gas stations", "undefined"))
 
 # ---- scenes: sampling ----
 
@@ -60,17 +71,15 @@ CLOTHES = PAINTS + ((230, 120, 160), (120, 60, 140), (60, 190, 180))
 SKINS = ((244, 206, 178), (214, 160, 120), (150, 100, 70), (92, 60, 44))
 
 
-def conditions_kept(cfg):
-    """(weathers, times, scenes) that the filters of cfg let through, for drawn scenes."""
-    kept = []
-    for name, every in (("weather", WEATHERS), ("timeofday", TIMES), ("scene", SCENES)):
-        wished = [w.strip() for w in getattr(cfg, name).split(",") if w.strip()]
-        for w in wished:
-            if w not in every:
-                raise UserError(f"no drawn scene has {name} '{w}'" + config.nearest(w, every)
-                                + f"; there are {', '.join(every)}")
-        kept.append(tuple(w for w in every if not wished or w in wished))
-    return kept
+def wished(cfg, known):
+    """{name: list of values that its filter keeps, empty for all}. Raises UserError for a value not in `known`."""
+    filters = {k: [v.strip() for v in getattr(cfg, k).split(",") if v.strip()] for k in known}
+    for name, values in filters.items():
+        for value in set(values).difference(known[name]):
+            kind = "drawn" if known is DRAWN_VALUES else "BDD100K"
+            raise UserError(f"no {kind} scene has {name} '{value}'" + config.nearest(value, known[name])
+                            + f"; there are {', '.join(known[name])}")
+    return filters
 
 
 def sample_scene(name, cfg):
@@ -79,7 +88,8 @@ def sample_scene(name, cfg):
     Names that begin with "ood" get a weather or time outside the filters, all others one inside.
     """
     rng = random.Random(f"{name} {cfg.scene_seed}")
-    weathers, times, scenes = conditions_kept(cfg)
+    filters = wished(cfg, DRAWN_VALUES)
+    weathers, times, scenes = ([v for v in every if v in (filters[k] or every)] for k, every in DRAWN_VALUES.items())
     every = [(w, t) for w in WEATHERS for t in TIMES]
     inside = [(w, t) for w, t in every if w in weathers and t in times]
     outside = [c for c in every if c not in inside] or inside
@@ -636,97 +646,152 @@ def find_twins(spec, question, rng, cfg, tries=40):
 # ---- BDD100K ----
 
 NAMES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle"}      # 2018 names -> 2020 names
-COLOUR_NAMES = {"G": "green", "R": "red", "Y": "yellow", "NA": "none"}
+COLOUR_NAMES = {"G": "green", "R": "red", "Y": "yellow", "NA": "none", None: "none"}
+UNUSED = ("lane", "drivable area", "area/", "other vehicle", "other person", "trailer")    # of BDD100K, in no command
+EDGES = ("x1", "y1", "x2", "y2")
+VIDEO = re.compile(r"(\w{8}-\w{8})-\d{7}\.")    # a frame of a sequence: name of the video, number
+# where the labels of train or val are, and their pictures: the first that exists is read
+LAYOUTS = (("*{}*.json*", "100k"), ("det_20/*{}*.json*", "100k"), ("100k/{}/*.json", "100k"),
+           ("box_track_20/{}/*.json", "track"))
+MAX_PIXELS = 50_000_000       # a larger picture is refused before it is decoded
+Image.MAX_IMAGE_PIXELS = None                   # the limit above stands in for Pillow's, which only warns at first
 
 
-def stream_list(path, chunk=1 << 20):
-    """Items of the JSON list in the file at `path`, one at a time, in memory for one item.
+class BadPicture(UserError):
+    """A picture that cannot be used; kind: what is wrong, as it is counted."""
 
-    Raises UserError for a file that is not a JSON list of objects.
+    def __init__(self, kind, text):
+        super().__init__(text)
+        self.kind = kind
+
+
+def stream_records(path, chunk=1 << 20):
+    """Records of a label file, one at a time, in memory for one: items of a list, items of the list under "frames"
+    in a dict, or the dict itself when it is a record (2018, a file for each image). Reads .gz as well.
+
+    Raises UserError for a file that is none of these, or ends too early.
     """
-    decoder, buffer, start = json.JSONDecoder(), "", False
+    decode, text, at = json.JSONDecoder().raw_decode, "", 0
+
+    def more():
+        nonlocal text, at
+        new = file.read(max(chunk, len(text) - at))
+        text, at = text[at:] + new, 0
+        return new
+
+    def value():
+        nonlocal at
+        while True:
+            try:
+                item, at = decode(text, at)
+                if not isinstance(item, dict):
+                    raise UserError(f"{path} holds {type(item).__name__} items, not frames")
+                return item
+            except json.JSONDecodeError as error:          # an item that goes on in the next chunk, or a broken one
+                if len(text) - error.pos > 1 << 22 or len(text) - at > 1 << 26 or not more():
+                    raise UserError(f"{path} is broken near {text[at:at + 40]!r}: {error.msg}") from None
     try:
-        with open(path, encoding="utf-8") as file:
-            while True:
-                more = file.read(chunk)
-                buffer = (buffer + more).lstrip(" \t\r\n,") if start else (buffer + more).lstrip("\ufeff \t\r\n")
-                if not start and buffer:
-                    if buffer[0] != "[":
-                        raise UserError(f"{path} is not a JSON list of frames (it begins with {buffer[:20]!r})")
-                    buffer, start = buffer[1:].lstrip(" \t\r\n,"), True
-                while buffer and buffer[0] != "]":
-                    try:
-                        item, end = decoder.raw_decode(buffer)
-                    except json.JSONDecodeError as error:
-                        if not more or len(buffer) - error.pos > max(4 * chunk, 1 << 22):
-                            raise UserError(f"{path} is broken near {buffer[:40]!r}: {error.msg}") from None
-                        break                          # the item goes on in the next chunk
-                    if not isinstance(item, dict):
-                        raise UserError(f"{path} holds {type(item).__name__} items, not frames")
-                    yield item
-                    buffer = buffer[end:].lstrip(" \t\r\n,")
-                if not more:
-                    if not buffer.startswith("]"):
-                        raise UserError(f"{path} ends before its list does: truncated?")
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+            while len(text) < 16 * chunk and more():
+                pass
+            text = text.lstrip()
+            if text[:1] == "{" and len(text) < 16 * chunk:
+                whole = value()
+                if "name" in whole:
+                    yield whole
                     return
-    except (OSError, UnicodeDecodeError) as error:
+            start = re.match(r"\[|{.*?\"frames\"\s*:\s*\[", text, re.DOTALL)
+            if not start:
+                raise UserError(f"{path} is no list of frames (it begins with {text[:20]!r})")
+            at = start.end()
+            while True:
+                at = re.compile(r"[\s,]*").match(text, at).end()
+                if at < len(text):
+                    if text[at] == "]":
+                        return
+                    yield value()
+                elif not more():
+                    raise UserError(f"{path} ends before its list does: truncated?")
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the labels {path}: {error}") from None
 
 
-def frame_attributes(raw):
-    return raw["attributes"] if isinstance(raw.get("attributes"), dict) else {}
+def labels_of(raw):
+    """The list of labels of a raw record, of whichever format."""
+    frames = raw.get("frames")                              # 2018, a file for each image
+    listed = frames[0].get("objects") if frames and isinstance(frames[0], dict) else raw.get("labels")
+    return listed if isinstance(listed, list) else [listed] if listed else []
 
 
-def clean_frame(raw, width, height, size):
-    """One record of the 2018 list as ours, boxes scaled to the stored picture; also a Counter of what was dropped.
+def attributes_of(raw):
+    """{weather, timeofday, scene} of a raw record, "undefined" where it does not say."""
+    given = raw["attributes"] if isinstance(raw.get("attributes"), dict) else {}
+    return {k: given[k] if given.get(k) and isinstance(given[k], str) else "undefined" for k in BDD_VALUES}
 
-    raw: parsed record; width, height: of the original picture in pixels; size: side of the stored one.
+
+def clean_record(raw):
+    """A raw record of any format as ours, boxes in its own pixels, and its problems: [(lost, kind, reason)].
+
+    lost: "label", "colour" (the label is kept) or "unused" (no problem: of BDD100K, but in no command).
     """
-    labels, dropped = [], Counter()
-    listed = raw.get("labels") or []
-    for label in listed if isinstance(listed, list) else [listed]:
-        if not isinstance(label, dict) or not isinstance(label.get("category"), str):
-            dropped["malformed"] += 1
+    labels, problems = [], []
+    for label in labels_of(raw):
+        category = label.get("category") if isinstance(label, dict) else None
+        if not isinstance(category, str):
+            problems.append(("label", "malformed label", str(label)[:80]))
             continue
-        category = NAMES.get(label["category"], label["category"])
-        box = label.get("box2d")
+        category = NAMES.get(category, category)
         if category not in commands.CATEGORIES:
-            dropped[f"category '{category}'"] += 1
+            problems.append(("unused" if category.startswith(UNUSED) else "label", f"category '{category}'", "unknown"))
             continue
+        box = label.get("box2d")
         try:
-            x1, y1, x2, y2 = (float(box[k]) for k in ("x1", "y1", "x2", "y2"))
+            edges = [float(box[k]) for k in EDGES]
         except (TypeError, KeyError, ValueError, OverflowError):
-            dropped["no box"] += 1
+            problems.append(("label", "no box", f"{category}, box2d {str(box)[:80]}"))
             continue
-        if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= x1 or y2 <= y1:
-            dropped["empty or inverted box"] += 1
-            continue
-        (x1, x2), (y1, y2) = np.clip((x1, x2), 0, width), np.clip((y1, y2), 0, height)
-        if x2 <= x1 or y2 <= y1:
-            dropped["box outside the picture"] += 1
+        if not all(map(math.isfinite, edges)) or edges[2] <= edges[0] or edges[3] <= edges[1]:
+            problems.append(("label", "empty or inverted box", f"{category} {edges}"))
             continue
         attributes = label["attributes"] if isinstance(label.get("attributes"), dict) else {}
-        colour = attributes.get("trafficLightColor", "none")
-        colour = colour[1] if isinstance(colour, list) and len(colour) == 2 else colour
-        colour = COLOUR_NAMES.get(colour, colour) if isinstance(colour, str) else "none"
-        kept = dict(trafficLightColor=colour if colour in commands.COLOURS else "none")
-        kept.update({k: attributes[k] for k in ("occluded", "truncated") if isinstance(attributes.get(k), bool)})
-        labels.append(dict(category=category, attributes=kept,
-                           box2d={k: round(float(v), 2) for k, v in zip(("x1", "y1", "x2", "y2"), (
-                               x1 * size / width, y1 * size / height, x2 * size / width, y2 * size / height))}))
-    attributes = frame_attributes(raw)
-    return dict(name=str(raw.get("name")), labels=labels, attributes={
-        k: attributes.get(k) or "undefined" for k in ("weather", "timeofday", "scene")}), dropped
+        colour = attributes.get("trafficLightColor") if category == "traffic light" else None
+        colour = colour[-1] if isinstance(colour, list) and colour else colour               # [1, "G"]
+        colour = COLOUR_NAMES.get(colour, colour) if isinstance(colour, (str, type(None))) else str(colour)
+        if colour not in (*commands.COLOURS, "none"):
+            problems.append(("colour", "unknown colour", f"{category} {colour}"[:80]))
+            colour = "none"
+        kept = {k: attributes[k] for k in ("occluded", "truncated") if isinstance(attributes.get(k), bool)}
+        labels.append(dict(category=category, attributes=dict(trafficLightColor=colour, **kept),
+                           box2d=dict(zip(EDGES, edges))))
+    name = raw.get("name") if isinstance(raw.get("name"), str) else ""
+    name += ".jpg" if name and not Path(name).suffix else ""
+    return dict(name=name, labels=labels, attributes=attributes_of(raw)), problems
+
+
+def fit_record(record, width, height, size):
+    """A clean record with its boxes cut to the picture (width, height) and scaled to `size`, and new problems."""
+    labels, problems = [], []
+    for label in record["labels"]:
+        edges = [label["box2d"][k] for k in EDGES]
+        cut = [min(max(v, 0), side) for v, side in zip(edges, (width, height, width, height))]
+        if cut[2] <= cut[0] or cut[3] <= cut[1]:
+            problems.append(("label", "box outside the picture", f"{label['category']} {edges} in {width}x{height}"))
+            continue
+        scaled = [round(v * size / side, 2) for v, side in zip(cut, (width, height, width, height))]
+        labels.append(dict(label, box2d=dict(zip(EDGES, scaled))))
+    return dict(record, labels=labels), problems
 
 
 def load_picture(path, size=None, with_size=False):
-    """The picture at `path` as an upright RGB image, or a UserError that names the path.
+    """The picture at `path` as an upright RGB image, or a BadPicture that names the path.
 
     size: decode a JPEG at about this size (draft scaling, several times faster) and resize to (size, size).
     with_size: also return its upright (width, height) before resizing.
     """
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadPicture("huge picture", f"{path} has {image.width}x{image.height} pixels, over {MAX_PIXELS}")
             sides = image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
             if size:
                 image.draft("RGB", (2 * size, 2 * size))
@@ -736,42 +801,100 @@ def load_picture(path, size=None, with_size=False):
             image = image.resize((size, size), Image.BICUBIC, reducing_gap=2.0) if size else image
             return (image, sides) if with_size else image
     except FileNotFoundError:
-        raise UserError(f"there is no picture {path}") from None
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read {path} as a picture: {error}") from None
+        raise BadPicture("missing picture", f"there is no picture {path}") from None
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        kind = "empty file" if os.path.isfile(path) and not os.path.getsize(path) else "not a picture" \
+            if isinstance(error, UnidentifiedImageError) else "truncated or broken picture"
+        raise BadPicture(kind, f"cannot read {path} as a picture: {error}") from None
 
 
-def bdd_frames(cfg):
-    """[(path of the picture, raw record, folder split)] of the BDD100K tree cfg.bdd_dir, in the order of its lists."""
-    root, found = Path(cfg.bdd_dir), []
+def bdd_records(cfg):
+    """Yields (path of the picture, train or val, clean record, problems) of each frame that passes the filters.
+
+    Reads the BDD100K tree cfg.bdd_dir in the order of its lists. A record without a name, a name listed before and
+    an unreadable file among many are problems of the kind "frame". Raises UserError for labels without any box.
+    """
+    root, names, listed, kept, filters = Path(cfg.bdd_dir), set(), 0, 0, wished(cfg, BDD_VALUES)
     if not cfg.bdd_dir or not root.is_dir():
         raise UserError(f"bdd_dir '{cfg.bdd_dir}' is not a folder; it must hold images/100k/ and labels/")
+    found = {k: Counter() for k in filters}
     for folder in ("train", "val"):
-        lists = sorted(p for p in (root / "labels").glob("*.json") if folder in p.name)
-        for path in lists[:1]:
-            for raw in stream_list(path):
-                found.append((root / "images" / "100k" / folder / str(raw.get("name")), raw, folder))
-    if not found:
-        raise UserError(f"no label list found: expected {root}/labels/bdd100k_labels_images_train.json or ..._val.json")
-    return found
+        files, pattern, pictures = next(((files, *layout) for layout in LAYOUTS if (
+            files := sorted((root / "labels").glob(layout[0].format(folder))))), ([], "", ""))
+        files, shapes = files if "{}/" in pattern else files[:1], set()
+        for file in files:
+            try:
+                for raw in stream_records(file):
+                    listed += 1
+                    if "box2d" not in shapes:
+                        shapes.update(k for o in labels_of(raw) if isinstance(o, dict) for k in o if o[k])
+                    attributes = attributes_of(raw)
+                    for k, value in attributes.items():
+                        found[k][value] += 1
+                    if all(not v or attributes[k] in v or attributes[k] == "undefined" and cfg.keep_undefined
+                           for k, v in filters.items()):
+                        record, problems = clean_record(raw)
+                        name = record["name"]
+                        if not name or name in names:
+                            problems = [("frame", "duplicate name" if name else "no name", f"record {listed}, {file}")]
+                        names.add(name)
+                        kept += 1
+                        video = VIDEO.match(name)
+                        yield (str(root / "images" / pictures / folder / (video[1] if pictures == "track" and video
+                                                                          else "") / name), folder, record, problems)
+                    if listed % 5000 == 0:
+                        print(f"labels: {listed} frames read", end="\r", flush=True)
+            except UserError as error:
+                if len(files) == 1:
+                    raise
+                yield str(file), folder, dict(name=file.name), [("frame", "unreadable labels", str(error))]
+        if files and "box2d" not in shapes:
+            holds = [v for k, v in (("rle", "masks (rle)"), ("poly2d", "polygons (poly2d)")) if k in shapes]
+            raise UserError(f"{files[0]} holds {' and '.join(holds) or 'no labels'}, but not one box (box2d): take the "
+                            "detection labels (bdd100k_labels_images_*.json or det_20)")
+    if not listed:
+        raise UserError(f"no labels found: expected {root}/labels/bdd100k_labels_images_train.json (or ..._val.json), "
+                        "det_20/det_train.json, 100k/train/*.json or box_track_20/train/*.json")
+    print(f"{listed} frames listed, {kept} pass the filters")
+    if not kept:
+        raise UserError("no frame passes the filters: there are " + "; ".join(
+            f"{k} " + ", ".join(f"{v} {n}" for v, n in c.most_common()) for k, c in found.items()))
 
 
-def keep_frame(raw, cfg):
-    """Whether the filters of cfg keep a record."""
-    attributes = frame_attributes(raw)
-    for name in ("weather", "timeofday", "scene"):
-        wished, value = [w.strip() for w in getattr(cfg, name).split(",") if w.strip()], attributes.get(name)
-        if wished and (value not in wished) and not (cfg.keep_undefined and value in (None, "", "undefined")):
-            return False
-    return True
+def usual_sizes(lines):
+    """{train or val: (width, height)} that most pictures have, of the bdd_records written in `lines`."""
+    sizes = {}
+    for line in lines:
+        path, folder, *_ = json.loads(line)
+        with contextlib.suppress(BadPicture):
+            sizes.setdefault(folder, Counter())[load_picture(path, 1, with_size=True)[1]] += 1
+    return {folder: counts.most_common(1)[0][0] for folder, counts in sizes.items()}
 
 
 # ---- splits and storage ----
 
 def split_of(name):
-    """train, val or test: 80/10/10 by the hash of the frame's name, so that new frames move no old one."""
+    """train, val or test: 80/10/10 by the hash of the frame's name, so that new frames move no old one.
+
+    All frames of a video are in the split of its name.
+    """
+    name = VIDEO.sub(r"\1.", name)
     share = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
     return "train" if share < 0.8 else "val" if share < 0.9 else "test"
+
+
+def _entry(frame, folder, cfg, problems=()):
+    """[finished frame or None, its name, truths of QUESTIONS as digits, problems] for the journal, as JSON."""
+    if cfg.max_complexity and len(frame["labels"]) > cfg.max_complexity:
+        return [None, frame["name"], "", []]
+    view, split = View(frame, cfg), split_of(frame["name"])
+    if folder and cfg.val_is_test:
+        split = "test" if folder == "val" else "train" if split == "test" else split
+    truth, seen = commands.truths(view).tolist(), [o for o in view.objects if o.seen == YES]
+    frame.update(index=0, split="ood" if frame["name"].startswith("ood-") else split, complexity=len(seen),
+                 relations=[f"{commands.noun_of(o)} {commands.whereabouts(o)}" for o in seen],
+                 available=Counter(q.family for q, t in zip(QUESTIONS, truth) if t != MAYBE))
+    return [frame, frame["name"], "".join(map(str, truth)), problems]
 
 
 def _draw_one(job):
@@ -782,18 +905,22 @@ def _draw_one(job):
     names = [label["category"] for label in frame["labels"]]
     for label, share in zip(frame["labels"], commands.visible_shares(boxes, names, cfg.image_size)):
         label["attributes"]["occluded"] = share < 0.7
-    return draw_scene(spec, cfg.image_size), frame, commands.truths(View(frame, cfg)), None
+    return draw_scene(spec, cfg.image_size), _entry(frame, "", cfg)
 
 
 def _decode_one(job):
-    (path, raw, folder), cfg = job
+    line, sizes, cfg = job
+    path, folder, record, problems = json.loads(line)
     try:
-        picture, (width, height) = load_picture(path, cfg.image_size, with_size=True)
-        picture = np.asarray(picture)
-    except UserError as error:
-        return None, raw, None, str(error)
-    frame, dropped = clean_frame(raw, width, height, cfg.image_size)
-    return picture, frame, commands.truths(View(frame, cfg)), dropped
+        if any(lost == "frame" for lost, _, _ in problems):
+            return None, [None, record["name"], "", problems]
+        picture, sides = load_picture(path, cfg.image_size, with_size=True)
+        if sides != sizes[folder]:
+            raise BadPicture("wrong size", "{} is {}x{}, not {}x{} like the others".format(path, *sides, *sizes[folder]))
+    except BadPicture as error:
+        return None, [None, record["name"], "", [("frame", error.kind, str(error))]]
+    frame, outside = fit_record(record, *sides, cfg.image_size)
+    return np.asarray(picture), _entry(frame, folder, cfg, problems + outside)
 
 
 def _twin_one(job):
@@ -803,23 +930,67 @@ def _twin_one(job):
     return [find_twins(spec, Question(*q), rng, cfg) for q in questions]
 
 
-def parallel(function, jobs, cfg, label):
-    """Results of function(job) in order, from cfg.workers processes (0: one a core), with a progress line."""
-    workers, start, total = cfg.workers or os.cpu_count() or 1, time.time(), len(jobs)
+def parallel(function, jobs, cfg, label, total, done=0):
+    """Results of function(job) in order, from cfg.workers processes (0: one a core), with a progress line.
+
+    total: number of jobs; done: how many of them an earlier run has finished, which are skipped.
+    """
+    workers, start, jobs = cfg.workers or os.cpu_count() or 1, time.time(), itertools.islice(jobs, done, None)
     with contextlib.ExitStack() as stack:
-        if workers > 1 and total > 64:
+        if workers > 1 and total - done > 64:
             # fork is fastest where it is safe; elsewhere (Windows, macOS) the platform's default, spawn
             pool = stack.enter_context(multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
                                        .Pool(workers))
             results = pool.imap(function, jobs, chunksize=32)
         else:
             results = map(function, jobs)
-        for i, result in enumerate(results, 1):
+        for i, result in enumerate(results, done + 1):
             yield result
             if i % 500 == 0 or i == total:
                 seconds = time.time() - start
                 end = "\n" if i == total else "\r"
-                print(f"{label}: {i}/{total}, {i / seconds:.0f}/s, {seconds:.0f} s", end=end, flush=True)
+                print(f"{label}: {i}/{total}, {(i - done) / seconds:.0f}/s, {seconds:.0f} s", end=end, flush=True)
+
+
+def _picture_header(count, size):
+    """The first bytes of an .npy file of `count` pictures: numpy pads them, so their number does not depend on it."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr="|u1", fortran_order=False, shape=(count, size, size, 3)))
+    return header.getvalue()
+
+
+def _collect(pictures, journal, key, work, jobs, total, cfg):
+    """Append the pictures of all jobs to the file `pictures` (.npy) and their entries to the file `journal`.
+
+    Both are only ever appended to, a picture before its entry. So an interrupted run with the same key (the
+    journal's first line) goes on from them, cut to the last whole entry whose picture is there.
+    """
+    header, row, done, stored, end = _picture_header(total, cfg.image_size), 3 * cfg.image_size**2, 0, 0, 0
+    if pictures.exists() and journal.exists():
+        with open(journal, "rb") as log:
+            end = len(key) if log.readline() == key else 0
+            for line in log if end else ():
+                stores = not line.startswith(b"[null")
+                if not line.endswith(b"\n") or len(header) + (stored + stores) * row > pictures.stat().st_size:
+                    break
+                done, stored, end = done + 1, stored + stores, end + len(line)
+    if done:
+        print(f"{done} of {total} pictures are there from a run that was interrupted")
+    mode = "r+b" if done else "w+b"
+    with open(pictures, mode) as images, open(journal, mode) as log:
+        for file, start, length in ((images, header, len(header) + stored * row), (log, key, end or len(key))):
+            file.write(start)
+            file.truncate(length)
+            file.seek(length)
+        for picture, entry in parallel(work, jobs, cfg, "pictures", total, done):
+            if picture is not None:
+                images.write(picture)
+                images.flush()
+                stored += 1
+            log.write(json.dumps(entry).encode() + b"\n")
+            log.flush()
+        images.seek(0)
+        images.write(_picture_header(stored, cfg.image_size))
 
 
 def prepare(cfg):
@@ -829,151 +1000,183 @@ def prepare(cfg):
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to data_dir {root}: {error}") from None
-    meta_path, rejected = root / "meta.json", []
-    if cfg.source == "drawn":
-        names = [f"scene-{i:06d}" for i in range(cfg.num_scenes)] + [f"ood-{i:06d}" for i in range(cfg.num_ood_scenes)]
-        jobs, work, folders = [(name, cfg) for name in names], _draw_one, None
-    else:
-        found = bdd_frames(cfg)
-        kept = [f for f in found if keep_frame(f[1], cfg)]
-        print(f"{len(found)} frames listed, {len(kept)} pass the filters")
-        if not kept:
-            raise UserError("no frame passes the filters: widen weather, timeofday or scene")
-        jobs, work, folders = [(f, cfg) for f in kept], _decode_one, [f[2] for f in kept]
-    meta_path.unlink(missing_ok=True)                  # from here until all is written, the folder holds no valid data
-    size, n, crowded, frames, table, dropped = cfg.image_size, 0, 0, [], [], Counter()
-    images = np.lib.format.open_memmap(root / "images.tmp.npy", "w+", np.uint8, (len(jobs), size, size, 3))
-    for i, (picture, frame, truth, note) in enumerate(parallel(work, jobs, cfg, "pictures")):
-        if picture is None:
-            rejected.append((frame.get("name"), note))
-            continue
-        if cfg.max_complexity and len(frame["labels"]) > cfg.max_complexity:
-            crowded += 1
-            continue
-        dropped.update(note or {})
-        name = frame["name"]
-        if folders and cfg.val_is_test:
-            split = "test" if folders[i] == "val" else {"test": "train"}.get(split_of(name), split_of(name))
+    listing, pictures, journal = (root / n for n in ("records.tmp.jsonl", "images.tmp.npy", "journal.tmp.jsonl"))
+    with contextlib.ExitStack() as stack:
+        if cfg.source == "drawn":
+            names = [f"scene-{i:06d}" for i in range(cfg.num_scenes)] + [f"ood-{i:06d}"
+                                                                         for i in range(cfg.num_ood_scenes)]
+            jobs, total, work, digest = ((name, cfg) for name in names), len(names), _draw_one, hashlib.sha256()
         else:
-            split = "ood" if name.startswith("ood-") else split_of(name)
-        view = View(frame, cfg)
-        frame.update(index=n, split=split, complexity=sum(o.seen == YES for o in view.objects))
-        images[n] = picture
-        frames.append(frame)
-        table.append(truth)
-        n += 1
+            total, work, digest = 0, _decode_one, hashlib.sha256()
+            with open(listing, "w", encoding="utf-8") as file:       # clean records: a small part of the label files
+                for total, record in enumerate(bdd_records(cfg), 1):
+                    line = json.dumps(record) + "\n"
+                    file.write(line)
+                    digest.update(line.encode())
+            lines = stack.enter_context(open(listing, encoding="utf-8"))
+            sizes = usual_sizes(itertools.islice(lines, 0, None, max(1, total // 100)))
+            lines.seek(0)
+            jobs = ((line, sizes, cfg) for line in lines)
+        key = f"{MAGIC} {VERSION} {config.data_hash(cfg)} {digest.hexdigest()}\n".encode()
+        _collect(pictures, journal, key, work, jobs, total, cfg)
+    rejected, table, splits, kept, crowded = [], [], [], 0, 0
+    lost = {k: Counter() for k in ("frame", "label", "colour", "unused")}
+    with open(journal, "rb") as log, open(root / "frames.tmp.jsonl", "w", encoding="utf-8") as file:
+        next(log)
+        for line in log:
+            frame, name, truth, problems = json.loads(line)
+            for what, kind, reason in problems:
+                lost[what][kind] += 1
+                if what != "unused":
+                    rejected.append((name, what, kind, reason))
+            if frame is not None:
+                frame["index"] = len(table)
+                file.write(json.dumps(frame) + "\n")
+                table.append(np.frombuffer(truth.encode(), np.int8) - ord("0"))
+                splits.append(frame["split"])
+                kept += len(frame["labels"])
+            crowded += frame is None and not problems
+    with open(root / "rejected.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        csv.writer(file).writerows([("name", "lost", "kind", "reason"), *rejected])
+    for what, of in (("frame", total), ("label", kept + lost["label"].total())):
+        if lost[what].total() > cfg.max_bad_share * of:
+            journal.unlink()                           # the next run looks at every picture again
+            raise UserError(f"{lost[what].total()} of {of} {what}s are bad, over max_bad_share={cfg.max_bad_share}: "
+                            + ", ".join(f"{k} {n}" for k, n in lost[what].most_common(5)) + f"; {root}/rejected.csv "
+                            "lists them; mend them, or raise max_bad_share to go on without them")
     if crowded:
         print(f"{crowded} frames hold more than max_complexity={cfg.max_complexity} objects and are left out")
-    if not frames:
-        raise UserError("not one picture is left" + (f"; the first problem: {rejected[0][1]}" if rejected else ""))
-    images.flush()
-    del images
-    _shrink(root / "images.tmp.npy", root / "images.npy", n)
-    with open(root / "rejected.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("name", "reason"), *rejected])
-    with open(root / "frames.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(f) + "\n" for f in frames)
-    report = write_commands(root, frames, np.array(table), cfg)
-    pictures = np.load(root / "images.npy", mmap_mode="r")
-    train = [f["index"] for f in frames if f["split"] == "train"][:2000]
-    sample = np.asarray(pictures[train if train else slice(0, 100)], dtype=np.float32) / 255
+    if not table:
+        raise UserError("not one picture is left")
+    meta_path = root / "meta.json"
+    meta_path.unlink(missing_ok=True)                  # from here until all is written, the folder holds no valid data
+    os.replace(root / "frames.tmp.jsonl", root / "frames.jsonl")
+    report = write_commands(root, Frames(root / "frames.jsonl"), np.array(splits), np.array(table), cfg)
+    os.replace(pictures, root / "images.npy")
+    stored = np.load(root / "images.npy", mmap_mode="r")
+    sample = np.flatnonzero(np.array(splits) == "train")[:2000] if "train" in splits else range(min(100, len(stored)))
+    counts = sum(np.stack([np.bincount(stored[i, :, :, c].ravel(), minlength=256) for c in range(3)]) for i in sample)
+    values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)         # of each value, by channel
+    mean = shares @ values
     meta = dict(magic=MAGIC, version=VERSION, hash=config.data_hash(cfg),
-                settings={k: getattr(cfg, k) for k in config.DATA_KEYS}, frames=n, rejected=len(rejected),
-                labels_dropped=dict(dropped), mean=sample.mean((0, 1, 2)).tolist(), std=sample.std((0, 1, 2)).tolist(),
-                splits=dict(Counter(f["split"] for f in frames)), report=report, seconds=round(time.time() - start, 1))
+                settings={k: getattr(cfg, k) for k in config.DATA_KEYS}, frames=len(table),
+                rejected=lost["frame"].total(), rejected_by=lost["frame"],
+                labels_dropped=lost["label"] + lost["colour"] + lost["unused"], mean=mean.tolist(),
+                std=np.sqrt(shares @ values**2 - mean**2).tolist(), splits=dict(Counter(splits)), report=report,
+                seconds=round(time.time() - start, 1))
     temporary = meta_path.with_suffix(".tmp")
     temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
     os.replace(temporary, meta_path)                   # last: its presence says that all else is complete
+    for path in (journal, listing):
+        path.unlink(missing_ok=True)
     return meta
 
 
-def _shrink(source, target, n):
-    """Keep the first n rows of the array file `source` as `target`."""
-    array = np.load(source, mmap_mode="r")
-    if len(array) > n:
-        smaller = np.lib.format.open_memmap(target, "w+", array.dtype, (n, *array.shape[1:]))
-        for i in range(0, n, 256):
-            smaller[i:i + 256] = array[i:min(n, i + 256)]
-        smaller.flush()
-        source.unlink()
-    else:
-        os.replace(source, target)
+class Frames:
+    """The records of a frames.jsonl by number, read when asked for: memory for their positions alone."""
+
+    def __init__(self, path):
+        self.file = open(path, "rb")
+        self.starts = np.cumsum([0] + [len(line) for line in self.file])
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError(i)
+        self.file.seek(self.starts[i])
+        return json.loads(self.file.readline())
 
 
-def write_commands(root, frames, table, cfg):
+def write_commands(root, frames, splits, table, cfg):
     """Choose and write the commands of every split and its held-out sets, and the twins of the test items."""
-    tokenizer, report = Tokenizer(commands.vocabulary()), {}
+    tokenizer, report = Tokenizer(commands.vocabulary()), dict(dropped={})
+    asked = {tuple(q) for q in QUESTIONS if not q.held_out}
     (root / "vocab.json").write_text(json.dumps(tokenizer.words), encoding="utf-8")
     for split in SPLITS:
-        rows = [f["index"] for f in frames if f["split"] == split]
+        rows = np.flatnonzero(splits == split).tolist()
         sets = {split: (None, None)}
         if split == "test":       # tests of language (a paraphrase never trained on) and of composition (new questions)
             held = [q for q, question in enumerate(QUESTIONS) if question.held_out]
             sets["test_words"], sets["test_combos"] = (None, -1), ({q: 0.5 / len(held) for q in held}, None)
         for name, (shares, paraphrase) in sets.items():
             items = make_items(rows, frames, table, cfg, name, shares, paraphrase, describe=name == split)
-            _write_items(root, name, items, tokenizer, cfg)
-            if name == "train":
-                trained = set(commands.balance(items))
-            report[name] = dict(pictures=len(rows), commands=sum(i["answer"] is not None for i in items),
-                                yes=sum(i["answer"] is True for i in items),
-                                families=dict(Counter(i["family"] for i in items)),
-                                templates=dict(Counter(i["template"] for i in items)))
             if name == "test" and cfg.source == "drawn":
+                items = list(items)
                 report["twins"] = write_twins(root, frames, items, cfg)
-    asked = {tuple(q) for q in QUESTIONS if not q.held_out}
-    report["dropped"] = ["/".join(filter(None, q)) for q in sorted(asked - trained)]
+            counts = _write_items(root, name, items, tokenizer, cfg)
+            questions = {k: n for k, n in counts.items() if k[-1] is not None}
+            report[name] = dict(pictures=len(rows), commands=sum(questions.values()), families=_tally(counts, 0),
+                                yes=sum(n for k, n in counts.items() if k[-1]), templates=_tally(counts, 1),
+                                yes_templates=_tally({k: n for k, n in counts.items() if k[-1]}, 1))
+            if name in SPLITS:
+                missing = asked - {k[1:4] for k in questions}
+                report["dropped"][name] = ["/".join(filter(None, q)) for q in sorted(missing)]
     return report
 
 
+def _tally(counts, i):
+    """Sums of {key: number} over equal key[i]."""
+    sums = Counter()
+    for key, n in counts.items():
+        sums[key[i]] += n
+    return sums
+
+
 def make_items(rows, frames, table, cfg, name, shares=None, paraphrase=None, describe=True):
-    """Finished commands (plain dicts, see commands.make_item) for the frames `rows`, ordered by picture."""
+    """Yields finished commands (plain dicts, see commands.make_item) for the frames `rows`, ordered by picture."""
     if not rows:
-        return []
+        return
     rng = random.Random(f"commands {name} {cfg.scene_seed}")
     # The choice among pictures must not follow from their order on disk, so it has its own generator.
     chosen = commands.choose(table[rows], cfg, np.random.default_rng(len(rows) + cfg.scene_seed), shares)
     per_row = {}
     for row, q in zip(*chosen):
         per_row.setdefault(int(row), []).append(QUESTIONS[q])
-    items = []
     for i, row in enumerate(rows):
         view = View(frames[row], cfg)
-        items += [commands.make_item(row, q, view, rng, paraphrase) for q in per_row.get(i, [])]
+        yield from (commands.make_item(row, q, view, rng, paraphrase) for q in per_row.get(i, []))
         if describe:
-            items += [commands.describe_item(row, view, rng, cfg, place) for place in ("", *commands.PLACES)]
-            items += commands.where_items(row, view, rng)
-    return items
+            yield from (commands.describe_item(row, view, rng, cfg, place) for place in ("", *commands.PLACES))
+            yield from commands.where_items(row, view, rng)
 
 
 def _write_items(root, name, items, tokenizer, cfg):
+    """Write commands as they come. Returns {(family, template, first, second, answer): number}."""
+    texts, index, counts = array("H"), array("i"), Counter()
     with open(root / f"commands_{name}.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(i) + "\n" for i in items)
-    rows = [tokenizer.example(i["command"], i["answer"], i["reason"]) for i in items]
-    longest = max((len(ids) for ids, _ in rows), default=1)
+        for i in items:
+            file.write(json.dumps(i) + "\n")
+            ids, prompt = tokenizer.example(i["command"], i["answer"], i["reason"])
+            texts.extend(ids)
+            # picture, prompt length, text length, answer (1 YES, 0 NO, -1 "describe the scene")
+            index.extend((i["picture"], prompt, len(ids), -1 if i["answer"] is None else int(i["answer"])))
+            counts[i["family"], i["template"], i["first"], i["second"], i["answer"]] += 1
+    index = np.array(index, dtype=np.int32).reshape(-1, 4)
+    longest = int(index[:, 2].max(initial=1))
     if longest > cfg.max_text:
         raise UserError(f"a command with its reason has {longest} tokens, over max_text={cfg.max_text}; raise max_text")
-    tokens = np.array(pad([ids for ids, _ in rows], longest) if rows else np.zeros((0, 1)), dtype=np.uint16)
-    # picture, prompt length, text length, answer (1 YES, 0 NO, -1 "describe the scene")
-    index = np.array([(i["picture"], p, len(ids), -1 if i["answer"] is None else int(i["answer"]))
-                      for i, (ids, p) in zip(items, rows)], dtype=np.int32).reshape(-1, 4)
+    tokens = np.zeros((len(index), longest), dtype=np.uint16)
+    tokens[np.arange(longest) < index[:, 2:3]] = texts             # row by row, [PAD] is 0
     np.save(root / f"tokens_{name}.npy", tokens)
     np.save(root / f"index_{name}.npy", index)
+    return counts
 
 
 def write_twins(root, frames, items, cfg):
     """twins.jsonl: for each test item its flip and neutral edit of the scene (null where none was found)."""
-    jobs = []
+    jobs, rows = [], {}
     for k, item in enumerate(items):
         if item["answer"] is not None:
-            if not jobs or jobs[-1][0] is not frames[item["picture"]]:
-                jobs.append((frames[item["picture"]], [], cfg, []))
-            jobs[-1][1].append((item["template"], item["first"], item["second"]))
-            jobs[-1][3].append(k)
+            rows.setdefault(item["picture"], []).append(k)
+    for picture, numbers in rows.items():
+        jobs.append((frames[picture], [tuple(items[k][f] for f in ("template", "first", "second")) for k in numbers],
+                     cfg))
     flips = total = 0
     with open(root / "twins.jsonl", "w", encoding="utf-8") as file:
-        for job, found in zip(jobs, parallel(_twin_one, [j[:3] for j in jobs], cfg, "twins")):
-            for k, (flip, neutral) in zip(job[3], found):
+        for numbers, found in zip(rows.values(), parallel(_twin_one, jobs, cfg, "twins", len(jobs))):
+            for k, (flip, neutral) in zip(numbers, found):
                 file.write(json.dumps(dict(item=k, flip=flip, neutral=neutral)) + "\n")
                 flips, total = flips + (flip is not None), total + 1
     return dict(items=total, flips=flips)
@@ -1024,38 +1227,47 @@ def print_report(meta, cfg):
     if "twins" in meta["report"]:
         t = meta["report"]["twins"]
         print(f"twins: {t['flips']} of {t['items']} test questions have an edit that flips the answer")
-    if meta["report"]["dropped"]:
-        print(f"dropped, with under {cfg.min_cell} YES or NO in train: {', '.join(meta['report']['dropped'])}")
+    first = meta["report"]["dropped"]["train"]
+    for name, dropped in meta["report"]["dropped"].items():
+        dropped = [q for q in dropped if name == "train" or q not in first]
+        if dropped:
+            print(f"dropped, with under {cfg.min_cell} YES or NO in {name}: {', '.join(dropped)}")
+    for kind, count in sorted(meta["rejected_by"].items(), key=lambda kv: -kv[1]):
+        print(f"frames rejected, {kind}: {count}")
     for kind, count in sorted(meta["labels_dropped"].items(), key=lambda kv: -kv[1]):
         print(f"labels dropped, {kind}: {count}")
 
 
-def draw_report(cfg):
+def draw_report(meta, cfg):
     """data_dir/report.png: commands, balance, complexity, object counts, example scenes with boxes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    root = Path(cfg.data_dir)
-    with open(root / "frames.jsonl", encoding="utf-8") as file:
-        frames = [json.loads(line) for line in file]
-    images, items = np.load(root / "images.npy", mmap_mode="r"), read_items(root, "train")
+    root, train = Path(cfg.data_dir), meta["report"]["train"]
+    frames, images = Frames(root / "frames.jsonl"), np.load(root / "images.npy", mmap_mode="r")
     figure, axes = plt.subplots(3, 4, figsize=(16, 12), constrained_layout=True)
-    counts = Counter(i["template"] for i in items)
+    counts = train["templates"]
     axes[0, 0].barh(list(counts), list(counts.values()), color="#4477aa")
     axes[0, 0].set_title("training commands by template")
-    yes = Counter(i["template"] for i in items if i["answer"])
-    names = [t for t in counts if t != "describe"]
-    axes[0, 1].barh(names, [100 * yes[t] / counts[t] for t in names], color="#228833")
+    names = [t for t in counts if not t.startswith("describe")]
+    axes[0, 1].barh(names, [100 * train["yes_templates"].get(t, 0) / counts[t] for t in names], color="#228833")
     axes[0, 1].axvline(50, color="black", lw=1)
     axes[0, 1].set(title="answers YES, %", xlim=(0, 100))
-    complexity = [f["complexity"] for f in frames]
-    axes[0, 2].hist(complexity, bins=range(max(complexity) + 2), color="#aa3377", align="left")
+    complexity, objects = Counter(), Counter()
+    for frame in frames:
+        complexity[frame["complexity"]] += 1
+        objects.update(label["category"] for label in frame["labels"])
+    axes[0, 2].bar(list(complexity), list(complexity.values()), width=1, color="#aa3377")
     axes[0, 2].set(title="scene complexity (objects seen)", xlabel="objects", ylabel="pictures")
-    objects = Counter(lab["category"] for f in frames for lab in f["labels"])
     axes[0, 3].barh(list(objects), list(objects.values()), color="#ccbb44")
     axes[0, 3].set_title("labelled objects")
     rng = random.Random(0)
-    for axis, frame in zip(axes[1:].flat, rng.sample(frames, min(8, len(frames)))):
+    shown, items = rng.sample(range(len(frames)), min(8, len(frames))), {}
+    with open(root / "commands_train.jsonl", encoding="utf-8") as file:
+        for item in map(json.loads, file):
+            if item["picture"] in shown:
+                items.setdefault(item["picture"], []).append(item)
+    for axis, frame in zip(axes[1:].flat, map(frames.__getitem__, shown)):
         axis.imshow(images[frame["index"]], interpolation="nearest")
         for o in View(frame, cfg).objects:
             box = frame["labels"][o.label]["box2d"]
@@ -1064,8 +1276,7 @@ def draw_report(cfg):
                                          color="#ff3bd4"))
             axis.text(box["x1"], box["y1"] - 1, o.category, fontsize=7, color="white",
                       bbox=dict(facecolor="black", alpha=0.6, pad=0.6, lw=0))
-        item = rng.choice([i for i in items if i["picture"] == frame["index"]] or [None])
-        text = frame["name"]
+        item, text = rng.choice(items.get(frame["index"], [None])), frame["name"]
         if item:
             verdict = "" if item["answer"] is None else "YES: " if item["answer"] else "NO: "
             text = f"{item['command']}?\n{verdict}{item['reason']}"
@@ -1080,7 +1291,7 @@ def draw_report(cfg):
 def main(cfg):
     meta = prepare(cfg)
     print_report(meta, cfg)
-    draw_report(cfg)
+    draw_report(meta, cfg)
     print(f"report: {Path(cfg.data_dir) / 'report.png'}")
 
 
