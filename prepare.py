@@ -808,50 +808,59 @@ def load_picture(path, size=None, with_size=False):
         raise BadPicture(kind, f"cannot read {path} as a picture: {error}") from None
 
 
+def label_files(root):
+    """Yields (train or val, its label files, folder of its pictures) for the first layout of each that is there."""
+    for folder in ("train", "val"):
+        for pattern, pictures in LAYOUTS:
+            files = sorted((root / "labels").glob(pattern.format(folder)))
+            if files:
+                yield folder, files if "{}/" in pattern else files[:1], root / "images" / pictures / folder
+                break
+
+
 def bdd_records(cfg):
     """Yields (path of the picture, train or val, clean record, problems) of each frame that passes the filters.
 
     Reads the BDD100K tree cfg.bdd_dir in the order of its lists. A record without a name, a name listed before and
-    an unreadable file among many are problems of the kind "frame". Raises UserError for labels without any box.
+    an unreadable file among many are problems that cost the frame. Raises UserError for labels without any box.
     """
     root, names, listed, kept, filters = Path(cfg.bdd_dir), set(), 0, 0, wished(cfg, BDD_VALUES)
     if not cfg.bdd_dir or not root.is_dir():
         raise UserError(f"bdd_dir '{cfg.bdd_dir}' is not a folder; it must hold images/100k/ and labels/")
     found = {k: Counter() for k in filters}
-    for folder in ("train", "val"):
-        files, pattern, pictures = next(((files, *layout) for layout in LAYOUTS if (
-            files := sorted((root / "labels").glob(layout[0].format(folder))))), ([], "", ""))
-        files, shapes = files if "{}/" in pattern else files[:1], set()
+    for folder, files, pictures in label_files(root):
+        shapes = set()
         for file in files:
             try:
                 for raw in stream_records(file):
                     listed += 1
+                    if listed % 5000 == 0:
+                        print(f"labels: {listed} frames read", end="\r", flush=True)
                     if "box2d" not in shapes:
                         shapes.update(k for o in labels_of(raw) if isinstance(o, dict) for k in o if o[k])
                     attributes = attributes_of(raw)
                     for k, value in attributes.items():
                         found[k][value] += 1
-                    if all(not v or attributes[k] in v or attributes[k] == "undefined" and cfg.keep_undefined
-                           for k, v in filters.items()):
-                        record, problems = clean_record(raw)
-                        name = record["name"]
-                        if not name or name in names:
-                            problems = [("frame", "duplicate name" if name else "no name", f"record {listed}, {file}")]
-                        names.add(name)
-                        kept += 1
-                        video = VIDEO.match(name)
-                        yield (str(root / "images" / pictures / folder / (video[1] if pictures == "track" and video
-                                                                          else "") / name), folder, record, problems)
-                    if listed % 5000 == 0:
-                        print(f"labels: {listed} frames read", end="\r", flush=True)
+                    if not all(not v or attributes[k] in v or attributes[k] == "undefined" and cfg.keep_undefined
+                               for k, v in filters.items()):
+                        continue
+                    kept += 1
+                    record, problems = clean_record(raw)
+                    name = record["name"]
+                    if not name or name in names:
+                        problems = [("frame", "duplicate name" if name else "no name", f"record {listed}, {file}")]
+                    names.add(name)
+                    video = VIDEO.match(name) if pictures.parent.name == "track" else None
+                    yield str(pictures / (video[1] if video else "") / name), folder, record, problems
             except UserError as error:
                 if len(files) == 1:
                     raise
+                kept += 1
                 yield str(file), folder, dict(name=file.name), [("frame", "unreadable labels", str(error))]
-        if files and "box2d" not in shapes:
+        if "box2d" not in shapes:
             holds = [v for k, v in (("rle", "masks (rle)"), ("poly2d", "polygons (poly2d)")) if k in shapes]
-            raise UserError(f"{files[0]} holds {' and '.join(holds) or 'no labels'}, but not one box (box2d): take the "
-                            "detection labels (bdd100k_labels_images_*.json or det_20)")
+            raise UserError(f"{files[0]} holds {' and '.join(holds) or 'no labels'} but not one box (box2d): take the "
+                            "detection labels, bdd100k_labels_images_*.json or det_20")
     if not listed:
         raise UserError(f"no labels found: expected {root}/labels/bdd100k_labels_images_train.json (or ..._val.json), "
                         "det_20/det_train.json, 100k/train/*.json or box_track_20/train/*.json")
@@ -916,7 +925,7 @@ def _decode_one(job):
             return None, [None, record["name"], "", problems]
         picture, sides = load_picture(path, cfg.image_size, with_size=True)
         if sides != sizes[folder]:
-            raise BadPicture("wrong size", "{} is {}x{}, not {}x{} like the others".format(path, *sides, *sizes[folder]))
+            raise BadPicture("wrong size", f"{path} has (width, height) {sides}, the others have {sizes[folder]}")
     except BadPicture as error:
         return None, [None, record["name"], "", [("frame", error.kind, str(error))]]
     frame, outside = fit_record(record, *sides, cfg.image_size)
@@ -1105,23 +1114,11 @@ def write_commands(root, frames, splits, table, cfg):
             if name == "test" and cfg.source == "drawn":
                 items = list(items)
                 report["twins"] = write_twins(root, frames, items, cfg)
-            counts = _write_items(root, name, items, tokenizer, cfg)
-            questions = {k: n for k, n in counts.items() if k[-1] is not None}
-            report[name] = dict(pictures=len(rows), commands=sum(questions.values()), families=_tally(counts, 0),
-                                yes=sum(n for k, n in counts.items() if k[-1]), templates=_tally(counts, 1),
-                                yes_templates=_tally({k: n for k, n in counts.items() if k[-1]}, 1))
-            if name in SPLITS:
-                missing = asked - {k[1:4] for k in questions}
-                report["dropped"][name] = ["/".join(filter(None, q)) for q in sorted(missing)]
+            cells, counts = _write_items(root, name, items, tokenizer, cfg)
+            report[name] = dict(pictures=len(rows), **counts)
+            if rows and name in SPLITS:
+                report["dropped"][name] = ["/".join(filter(None, q)) for q in sorted(asked - cells)]
     return report
-
-
-def _tally(counts, i):
-    """Sums of {key: number} over equal key[i]."""
-    sums = Counter()
-    for key, n in counts.items():
-        sums[key[i]] += n
-    return sums
 
 
 def make_items(rows, frames, table, cfg, name, shares=None, paraphrase=None, describe=True):
@@ -1143,8 +1140,8 @@ def make_items(rows, frames, table, cfg, name, shares=None, paraphrase=None, des
 
 
 def _write_items(root, name, items, tokenizer, cfg):
-    """Write commands as they come. Returns {(family, template, first, second, answer): number}."""
-    texts, index, counts = array("H"), array("i"), Counter()
+    """Write commands as they come. Returns {(template, first, second)} of the questions, and counts for the report."""
+    texts, index, cells, families, templates, yes = array("H"), array("i"), set(), Counter(), Counter(), Counter()
     with open(root / f"commands_{name}.jsonl", "w", encoding="utf-8") as file:
         for i in items:
             file.write(json.dumps(i) + "\n")
@@ -1152,16 +1149,21 @@ def _write_items(root, name, items, tokenizer, cfg):
             texts.extend(ids)
             # picture, prompt length, text length, answer (1 YES, 0 NO, -1 "describe the scene")
             index.extend((i["picture"], prompt, len(ids), -1 if i["answer"] is None else int(i["answer"])))
-            counts[i["family"], i["template"], i["first"], i["second"], i["answer"]] += 1
+            families[i["family"]] += 1
+            templates[i["template"]] += 1
+            if i["answer"] is not None:
+                cells.add((i["template"], i["first"], i["second"]))
+                yes[i["template"]] += i["answer"]
     index = np.array(index, dtype=np.int32).reshape(-1, 4)
     longest = int(index[:, 2].max(initial=1))
     if longest > cfg.max_text:
         raise UserError(f"a command with its reason has {longest} tokens, over max_text={cfg.max_text}; raise max_text")
     tokens = np.zeros((len(index), longest), dtype=np.uint16)
-    tokens[np.arange(longest) < index[:, 2:3]] = texts             # row by row, [PAD] is 0
+    tokens[np.arange(longest) < index[:, 2:3]] = texts             # row by row; [PAD] is 0
     np.save(root / f"tokens_{name}.npy", tokens)
     np.save(root / f"index_{name}.npy", index)
-    return counts
+    return cells, dict(commands=families.total() - families["describe"], yes=yes.total(), families=dict(families),
+                       templates=templates, yes_templates=yes)
 
 
 def write_twins(root, frames, items, cfg):
@@ -1227,11 +1229,10 @@ def print_report(meta, cfg):
     if "twins" in meta["report"]:
         t = meta["report"]["twins"]
         print(f"twins: {t['flips']} of {t['items']} test questions have an edit that flips the answer")
-    first = meta["report"]["dropped"]["train"]
-    for name, dropped in meta["report"]["dropped"].items():
-        dropped = [q for q in dropped if name == "train" or q not in first]
-        if dropped:
-            print(f"dropped, with under {cfg.min_cell} YES or NO in {name}: {', '.join(dropped)}")
+    dropped = meta["report"]["dropped"]
+    if dropped.get("train"):
+        print(f"dropped, with under {cfg.min_cell} YES or NO in train: {', '.join(dropped['train'])}")
+        print("question kinds dropped: " + ", ".join(f"{len(kinds)} in {name}" for name, kinds in dropped.items()))
     for kind, count in sorted(meta["rejected_by"].items(), key=lambda kv: -kv[1]):
         print(f"frames rejected, {kind}: {count}")
     for kind, count in sorted(meta["labels_dropped"].items(), key=lambda kv: -kv[1]):

@@ -5,6 +5,7 @@ training; evaluation; answering.
 """
 import ast
 import csv
+import gzip
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -844,6 +846,21 @@ def bdd_folder(root):
     return records
 
 
+def bdd_settings(folder, **changes):
+    """Settings for the tree folder/bdd, data in folder/out."""
+    return config.from_args([], source="bdd100k", bdd_dir=str(folder / "bdd"), data_dir=str(folder / "out"),
+                            **{**dict(workers=1, min_cell=1), **changes})
+
+
+def rejected_in(folder):
+    with open(folder / "rejected.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def frames_in(folder):
+    return [json.loads(line) for line in (folder / "frames.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 RECORDS = [dict(name="a.jpg", labels=[dict(category="car", box2d=dict(x1=1.5, y1=2, x2=3e2, y2=-4))]),
            dict(name='quote " and ] } , [ { in a name \\', labels=None), dict(name="ünïcode 路", labels=[]), {},
            dict(name="x" * 50, attributes=dict(deep=[[[1, 2], [3]], dict(a=dict(b=[True, None]))]))]
@@ -1530,10 +1547,12 @@ def test_a_bdd100k_folder_is_read_and_its_broken_parts_are_named(tmp_path):
     broken, rainy = ["train06.jpg", "train07.jpg", "train08.jpg"], "train04.jpg"
     assert [f["name"] for f in frames] == [n for n in records if n not in broken and n != rainy]
     assert [f["index"] for f in frames] == list(range(22)) and meta["frames"] == 22 and meta["rejected"] == 3
-    with open(tmp_path / "out" / "rejected.csv", newline="", encoding="utf-8") as file:
-        rejected = list(csv.DictReader(file))
-    assert [r["name"] for r in rejected] == broken
-    assert "no picture" in rejected[0]["reason"] and all("cannot read" in r["reason"] for r in rejected[1:])
+    rejected = rejected_in(tmp_path / "out")
+    assert [(r["name"], r["lost"], r["kind"]) for r in rejected] == [
+        ("train01.jpg", "label", k) for k in ("no box", "empty or inverted box", "category 'spaceship'",
+                                              "box outside the picture")] + [
+        (n, "frame", k) for n, k in zip(broken, ("missing picture", "truncated or broken picture", "not a picture"))]
+    assert all(name in r["reason"] for name, r in zip(broken, rejected[4:]))
     by_name = {f["name"]: f for f in frames}
     kept = by_name["train01.jpg"]["labels"]
     assert [lab["category"] for lab in kept] == ["car", "bicycle", "traffic light"]
@@ -1567,10 +1586,8 @@ def test_malformed_bdd100k_records_stop_nothing(tmp_path):
     listed[16]["attributes"] = ["clear"]
     del listed[17]["name"]
     path.write_text(json.dumps(listed))
-    cfg = config.from_args([], source="bdd100k", bdd_dir=str(tmp_path / "bdd"), data_dir=str(tmp_path / "out"),
-                           workers=1, min_cell=1)
-    prepare.prepare(cfg)
-    frames = [json.loads(line) for line in (tmp_path / "out" / "frames.jsonl").read_text().splitlines()]
+    prepare.prepare(bdd_settings(tmp_path, max_bad_share=0.6))
+    frames = frames_in(tmp_path / "out")
     kept, rejected = [f["name"] for f in frames], (tmp_path / "out" / "rejected.csv").read_text()
     assert kept == [n for n in records if n in kept]
     odd = [f"train{i:02d}.jpg" for i in range(10, 18)]
@@ -1612,7 +1629,7 @@ def test_streaming_a_list_equals_loading_it(tmp_path, chunk, indent, ascii_only)
     path = tmp_path / "list.json"
     for records in (RECORDS, []):
         path.write_text(json.dumps(records, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
-        assert list(prepare.stream_list(path, chunk)) == json.loads(path.read_text(encoding="utf-8"))
+        assert list(prepare.stream_records(path, chunk)) == json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
@@ -1621,16 +1638,217 @@ def test_streaming_refuses_what_is_no_whole_list_of_records(tmp_path, chunk):
     for cut in (0, 1, 10, len(text) // 2, len(text) - 2, len(text) - 1):
         path.write_text(text[:cut], encoding="utf-8")
         with pytest.raises(UserError, match="list.json"):
-            list(prepare.stream_list(path, chunk))
-    for other in ('{"frames": []}', "[1, 2]", "hello", '["a"]', '[{"name": }]', "[nonsense]"):
+            list(prepare.stream_records(path, chunk))
+    for other in ('{"images": []}', '{"frames": 1}', '{"frames": [1]}', "[1, 2]", "hello", '["a"]', '[{"name": }]',
+                  "[nonsense]"):
         path.write_text(other, encoding="utf-8")
         with pytest.raises(UserError, match="list.json"):
-            list(prepare.stream_list(path, chunk))
+            list(prepare.stream_records(path, chunk))
     path.write_bytes(b'[{"name": "\xff\xfe"}]')
     with pytest.raises(UserError, match="list.json"):
-        list(prepare.stream_list(path, chunk))
+        list(prepare.stream_records(path, chunk))
     with pytest.raises(UserError, match="absent.json"):
-        list(prepare.stream_list(tmp_path / "absent.json", chunk))
+        list(prepare.stream_records(tmp_path / "absent.json", chunk))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64, 1 << 20])
+def test_streaming_the_frames_of_a_dict(tmp_path, chunk):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(dict(frames=RECORDS, config=dict(imageSize=None))), encoding="utf-8")
+    assert list(prepare.stream_records(path, chunk)) == RECORDS
+    with gzip.open(tmp_path / "list.json.gz", "wb") as file:
+        file.write(path.read_bytes())
+    assert list(prepare.stream_records(tmp_path / "list.json.gz", chunk)) == RECORDS
+    (tmp_path / "list.json.gz").write_bytes((tmp_path / "list.json.gz").read_bytes()[:-20])
+    with pytest.raises(UserError, match="list.json.gz"):
+        list(prepare.stream_records(tmp_path / "list.json.gz", chunk))
+
+
+@pytest.mark.parametrize("wrap", ["[%s]", '{"frames": [%s]}'])
+def test_the_memory_for_reading_a_list_does_not_grow_with_it(tmp_path, wrap):
+    peaks = []
+    for count in (2000, 20000):
+        (tmp_path / "list.json").write_text(wrap % ",".join([json.dumps(RECORDS[-1])] * count))
+        tracemalloc.start()
+        assert sum(1 for _ in prepare.stream_records(tmp_path / "list.json", 1 << 12)) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] < 1e6
+
+
+def test_one_frame_in_every_format_is_one_record(tmp_path):
+    """2018 list, 2018 file for an image, 2020 list, colour as a list, a dict of frames, a sequence."""
+    def labels(person, colour, number, **more):
+        edges = [dict(x1=10, y1=20, x2=60.5, y2=90), dict(x2=130, y1=10, x1=100, y2=70)]
+        return [dict(id=number, category=person, attributes=dict(occluded=True), box2d=edges[0], **more),
+                dict(id=number, category="traffic light", attributes=dict(trafficLightColor=colour), box2d=edges[1])]
+    lane, where = dict(category="lane", poly2d=[dict(vertices=[[0, 0]])]), dict(weather="clear", timeofday="night")
+    old, new = labels("person", "green", 1), labels("pedestrian", "G", "1", poly2d=None, box3d=None)
+    area = dict(category="area/drivable", poly2d=[[1, 2, "L"]])
+    written = {
+        "bdd100k_labels_images_train.json": [dict(name="a.jpg", attributes=where, labels=[*old, lane])],
+        "100k/train/a.json": dict(name="a", frames=[dict(timestamp=1, objects=[*old, area])], attributes=where),
+        "det_20/det_train.json": [dict(name="a.jpg", attributes=where, labels=new), dict(name="b.jpg", labels=None)],
+        "det_20/det_v2_train.json": [dict(name="a.jpg", videoName="a", attributes=where,
+                                          labels=labels("person", [1, "G"], 1))],
+        "det_20/train_frames.json": dict(frames=[dict(name="a.jpg", attributes=where, labels=new)], config=None),
+        "box_track_20/train/v.json": [dict(name="aaaaaaaa-bbbbbbbb-0000012.jpg", videoName="aaaaaaaa-bbbbbbbb",
+                                           frameIndex=11, labels=new)]}
+    for i, (path, content) in enumerate(written.items()):
+        file = tmp_path / str(i) / "labels" / path
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+        cfg = config.from_args([], source="bdd100k", bdd_dir=str(tmp_path / str(i)), weather="", timeofday="")
+        (picture, folder, record, problems), *_ = prepare.bdd_records(cfg)
+        if i == 0:
+            expected = record
+            assert [lab["category"] for lab in record["labels"]] == ["pedestrian", "traffic light"]
+            assert record["labels"][1]["attributes"] == dict(trafficLightColor="green")
+            assert record["attributes"] == dict(where, scene="undefined")
+        sequence = path.startswith("box_track")
+        place = "track/train/aaaaaaaa-bbbbbbbb" if sequence else "100k/train"
+        assert picture == str(tmp_path / str(i) / "images" / place / record["name"]) and folder == "train"
+        assert record["labels"] == expected["labels"] and all(p[0] == "unused" for p in problems)
+        assert sequence or record == expected
+
+
+@pytest.mark.parametrize("label, says", [(dict(category="car", rle=dict(counts="c?", size=[9, 9])), "masks"),
+                                         (dict(category="car", poly2d=[[1, 2]], box2d=None), "polygons"),
+                                         (None, "no labels")])
+def test_labels_without_boxes_are_refused_by_name(tmp_path, label, says):
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "ins_val.json").write_text(json.dumps([dict(name="a.jpg", labels=label and [label])]))
+    cfg = config.from_args([], source="bdd100k", bdd_dir=str(tmp_path), data_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=f"ins_val.json holds .*{says}.* not one box"):
+        prepare.prepare(cfg)
+
+
+def test_frames_of_a_video_are_in_one_split():
+    videos = [f"{i:08x}-{i * 77:08x}" for i in range(60)]
+    for video in videos:
+        assert len({prepare.split_of(f"{video}-{k:07d}.jpg") for k in (1, 50, 999)} | {
+            prepare.split_of(f"{video}.jpg")}) == 1
+    assert {prepare.split_of(f"{v}-0000001.jpg") for v in videos} == {"train", "val", "test"}
+
+
+def test_broken_pictures_are_named_and_all_else_stays_as_it_was(tmp_path):
+    bdd_folder(tmp_path / "bdd")
+    prepare.prepare(bdd_settings(tmp_path, max_bad_share=0.4))
+    clean, images = frames_in(tmp_path / "out"), np.load(tmp_path / "out" / "images.npy")
+    before, folder = rejected_in(tmp_path / "out"), tmp_path / "bdd" / "images" / "100k" / "train"
+    full = (folder / "train10.jpg").read_bytes()
+    (folder / "train10.jpg").write_bytes(full[:len(full) * 3 // 4])
+    (folder / "train11.jpg").write_bytes(b"")
+    (folder / "train12.jpg").write_bytes(b"\0" * 5000)
+    Image.new("1", (10000, 6000)).save(folder / "train13.jpg", "PNG")
+    Image.new("RGB", (180, 320)).save(folder / "train14.jpg")
+    (folder / "train15.jpg").unlink()
+    kinds = ("truncated or broken picture", "empty file", "not a picture", "huge picture", "wrong size",
+             "missing picture")
+    bad = {f"train{10 + i}.jpg": kind for i, kind in enumerate(kinds)}
+    meta = prepare.prepare(bdd_settings(tmp_path, max_bad_share=0.4))
+    after = [r for r in rejected_in(tmp_path / "out") if r not in before]
+    assert {r["name"]: r["kind"] for r in after} == bad and [r["name"] for r in after] == list(bad)
+    assert meta["rejected"] == 9 and meta["rejected_by"]["wrong size"] == 1
+    kept = [f for f in clean if f["name"] not in bad]
+    assert [dict(f, index=0) for f in frames_in(tmp_path / "out")] == [dict(f, index=0) for f in kept]
+    assert (np.load(tmp_path / "out" / "images.npy") == images[[f["index"] for f in kept]]).all()
+
+
+def test_broken_records_are_named(tmp_path):
+    bdd_folder(tmp_path / "bdd")
+    path = tmp_path / "bdd" / "labels" / "bdd100k_labels_images_train.json"
+    listed = json.loads(path.read_text())
+    listed[10]["labels"].append(dict(category="traffic light", box2d=dict(x1=1, y1=1, x2=40, y2=60),
+                                     attributes=dict(trafficLightColor="mauve")))
+    listed[11]["name"] = listed[12]["name"]
+    del listed[13]["name"]
+    listed[14]["name"] = "\ud800.jpg"
+    path.write_text(json.dumps(listed))
+    prepare.prepare(bdd_settings(tmp_path, max_bad_share=0.4))
+    rows = [(r["name"], r["lost"], r["kind"]) for r in rejected_in(tmp_path / "out")][-4:]
+    assert rows == [("train10.jpg", "colour", "unknown colour"), ("train12.jpg", "frame", "duplicate name"),
+                    ("", "frame", "no name"), ("\\ud800.jpg", "frame", "truncated or broken picture")]
+    frames = {f["name"]: f for f in frames_in(tmp_path / "out")}
+    assert frames["train10.jpg"]["labels"][-1]["attributes"]["trafficLightColor"] == "none"
+
+
+def test_too_many_broken_frames_or_labels_are_one_error_and_leave_the_old_data(tmp_path):
+    bdd_folder(tmp_path / "bdd")
+    cfg = bdd_settings(tmp_path)
+    prepare.prepare(cfg)
+    old = (tmp_path / "out" / "frames.jsonl").read_bytes()
+    with pytest.raises(UserError, match="3 of 25 frames are bad, over max_bad_share=0.1: .*missing picture 1") as error:
+        prepare.prepare(changed(cfg, max_bad_share=0.1))
+    assert "\n" not in str(error.value) and (tmp_path / "out" / "frames.jsonl").read_bytes() == old
+    assert prepare.load_meta(cfg)["frames"] == 22
+    for path in (tmp_path / "bdd" / "images").rglob("*.jpg"):              # smaller pictures, the same boxes
+        Image.new("RGB", (32, 18)).save(path)
+    with pytest.raises(UserError, match="labels are bad, .*box outside the picture"):
+        prepare.prepare(cfg)
+
+
+@pytest.mark.parametrize("torn", ["", "entry", "picture"])
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, torn):
+    bdd_folder(tmp_path / "bdd")
+    cfg, decode, seen = bdd_settings(tmp_path), prepare._decode_one, []
+
+    def stop_at_15(job):
+        if len(seen) == 15:
+            raise KeyboardInterrupt
+        seen.append(job)
+        return decode(job)
+    monkeypatch.setattr(prepare, "_decode_one", stop_at_15)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(cfg)
+    monkeypatch.setattr(prepare, "_decode_one", lambda job: seen.append(job) or decode(job))
+    for name in {"entry": ["journal.tmp.jsonl"], "picture": ["images.tmp.npy"]}.get(torn, []):
+        path = tmp_path / "out" / name
+        path.write_bytes(path.read_bytes()[:-9])
+    prepare.prepare(cfg)
+    assert len(seen) == (25 if not torn else 26) and "of 25 pictures are there" in capsys.readouterr().out
+    prepare.prepare(changed(cfg, data_dir=str(tmp_path / "whole")))
+    names = {p.name for p in (tmp_path / "whole").iterdir()}
+    assert names == {p.name for p in (tmp_path / "out").iterdir()} and not [n for n in names if ".tmp" in n]
+    for name in names - {"meta.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_an_interrupted_run_of_other_settings_or_labels_starts_over(tmp_path, monkeypatch, capsys):
+    records = bdd_folder(tmp_path / "bdd")
+    cfg = bdd_settings(tmp_path)
+    for change in ("settings", "labels"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "write_commands", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                prepare.prepare(cfg)
+        path = tmp_path / "bdd" / "labels" / "bdd100k_labels_images_val.json"
+        if change == "labels":
+            path.write_text(json.dumps([r for n, r in records.items() if n.startswith("val0")][1:]))
+        capsys.readouterr()
+        prepare.prepare(cfg if change == "labels" else changed(cfg, image_size=64))
+        assert "are there from" not in capsys.readouterr().out
+    assert prepare.load_meta(cfg)["frames"] == 21
+
+
+def test_filters_of_a_bdd100k_folder_are_checked_and_say_what_there_is(tmp_path):
+    bdd_folder(tmp_path / "bdd")
+    with pytest.raises(UserError, match="no BDD100K scene has weather 'cleer', did you mean 'clear'"):
+        prepare.prepare(bdd_settings(tmp_path, weather="cleer"))
+    with pytest.raises(UserError, match="no frame passes the filters: there are weather clear 24, .*rainy 1"):
+        prepare.prepare(bdd_settings(tmp_path, scene="tunnel", keep_undefined=False))
+    for weather, keep, count in (("undefined", False, 1), ("rainy", True, 2), ("rainy", False, 1), ("", False, 26)):
+        cfg = bdd_settings(tmp_path, weather=weather, keep_undefined=keep)
+        assert len(list(prepare.bdd_records(cfg))) == count
+
+
+def test_frames_say_what_stands_where_and_what_can_be_asked(drawn):
+    for frame, view in list(zip(drawn.frames, drawn.views))[:40]:
+        assert len(frame["relations"]) == frame["complexity"] == sum(o.seen == YES for o in view.objects)
+        for words, o in zip(frame["relations"], (o for o in view.objects if o.seen == YES)):
+            assert words.startswith(commands.noun_of(o)) and (o.place is None or commands.AT[o.place] in words)
+        certain = Counter(q.family for q in QUESTIONS if q.truth(view) != MAYBE)
+        assert frame["available"] == certain
 
 
 def test_pictures_of_every_kind_become_upright_rgb(tmp_path):
