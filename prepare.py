@@ -794,7 +794,7 @@ def load_picture(path, size=None, with_size=False):
                 raise BadPicture("huge picture", f"{path} has {image.width}x{image.height} pixels, over {MAX_PIXELS}")
             sides = image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
             if size:
-                image.draft("RGB", (2 * size, 2 * size))
+                image.draft("RGB", (3 * size // 2, 3 * size // 2))
             if image.mode.startswith("I;16"):          # 16 bit grey: Pillow's own conversion clips it to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = ImageOps.exif_transpose(image).convert("RGB")
