@@ -20,6 +20,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -211,9 +212,9 @@ def summed(tensor):
     if processes()[1] > 1:
         try:
             dist.all_reduce(tensor)
-        except RuntimeError as error:
-            raise UserError("another process of this training has ended; go on with the same command and "
-                            f"--resume=True ({str(error).splitlines()[0][-100:]})") from None
+        except RuntimeError:
+            raise UserError("another process of this training has ended: to go on add --resume=True to the command, "
+                            "with any number of processes") from None
     return tensor
 
 
@@ -451,17 +452,18 @@ def checksum(value):
 
 def save_checkpoint(path, content):
     """Write content and its checksum by a temporary file and os.replace, so that `path` is never half a checkpoint."""
-    temporary = Path(f"{path}.tmp")
+    temporary, buffer = Path(f"{path}.tmp"), io.BytesIO()
+    torch.save(dict(content, checksum=checksum(content)), buffer)                 # a file's errors it hides
     try:
         with open(temporary, "wb") as file:
-            torch.save(dict(content, checksum=checksum(content)), file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}, what was there is unchanged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot write {path}, what was there is unchanged: {error}") from None
 
 
 def read_checkpoint(path, device="cpu"):
