@@ -107,6 +107,24 @@ def test_patches_run_row_by_row(positions):
     assert torch.pdist(grid.flatten(0, 1).flatten(1)).min() > 0.1
 
 
+@pytest.mark.parametrize("patch", [4, 8, 16, 32])
+def test_the_conv_stem_sees_each_patch_from_its_middle(patch):
+    """The pixels that a patch hangs on, all weights being 1: their mean lies within a pixel of the patch's middle."""
+    stem = model_file.conv_stem(config.from_args([], patch_size=patch, image_size=4 * patch))
+    stem = torch.nn.Sequential(*(layer for layer in stem if not isinstance(layer, torch.nn.GELU)))
+    for p in stem.parameters():
+        torch.nn.init.constant_(p, 1.0 if p.ndim > 1 else 0.0)
+    image = torch.ones(1, 3, 4 * patch, 4 * patch, requires_grad=True)
+    out = stem(image)
+    assert out.shape[2:] == (4, 4)
+    out[0, 0, 1, 2].backward()
+    weight = image.grad[0, 0] / image.grad[0, 0].sum()
+    pixel = torch.arange(4.0 * patch)
+    assert abs((weight.sum(1) @ pixel).item() - (1.5 * patch - 0.5)) <= 1
+    assert abs((weight.sum(0) @ pixel).item() - (2.5 * patch - 0.5)) <= 1
+    assert weight[patch:2 * patch, 2 * patch:3 * patch].min() > 0
+
+
 def test_wrong_shapes_are_named():
     model = tiny()
     with pytest.raises(ValueError, match="32, 32"):
@@ -991,7 +1009,7 @@ def test_padding_right_left_and_never_cutting():
 
 def test_the_vocabulary_has_200_to_500_words_and_all_that_is_ever_said(lexicon, drawn):
     assert 200 <= len(lexicon) <= 500
-    texts = set(commands.DESCRIBE) | {form.format(at="") for form in commands.DESCRIBE_AT}
+    texts = {form.format(at="", a="", n="") for form in commands.DESCRIBE + commands.DESCRIBE_AT + commands.WHERE}
     for question in QUESTIONS:
         for paraphrase in range(len(commands.TEMPLATES[question.template].paraphrases)):
             texts |= wordings(question, paraphrase)
@@ -1005,9 +1023,10 @@ def test_the_vocabulary_has_200_to_500_words_and_all_that_is_ever_said(lexicon, 
 
 def test_a_held_out_paraphrase_is_made_of_trained_words():
     texts = {"trained": set(), "held out": set()}
-    for forms in (commands.DESCRIBE, [form.format(at="") for form in commands.DESCRIBE_AT]):
-        texts["trained"] |= set(forms[:-1])
-        texts["held out"].add(forms[-1])
+    for forms in (commands.DESCRIBE, commands.DESCRIBE_AT, commands.WHERE):
+        *trained, held = (form.format(at="", a="", n="") for form in forms)
+        texts["trained"] |= set(trained)
+        texts["held out"].add(held)
     for question in QUESTIONS:
         forms = len(commands.TEMPLATES[question.template].paraphrases)
         for k in range(forms):
@@ -1161,6 +1180,46 @@ def test_a_description_lists_certain_objects_nearest_first():
     assert commands.describe(view_of(), 4) == "nothing in view" and check_reason("nothing in view", view_of()) == YES
 
 
+def test_where_is_asked_of_what_is_certainly_there_or_not_and_answered_truly(drawn):
+    view = view_of(box("car"), box("bus", width=5), CAR_LEFT)           # the bus is too small to be certain
+    found = {item["first"]: item for seed in range(300) for item in commands.where_items(0, view, random.Random(seed))}
+    assert set(found) == set(CATEGORIES) - {"bus"}
+    assert {c for c, item in found.items() if not item["reason"].startswith("no ")} == {"car"}
+    assert found["car"]["reason"] == commands.positive(view, "car")
+    assert found["truck"]["reason"] == "no truck is in view"
+    asked, forms = Counter(), [re.compile(re.sub(r"\\\{\w\\\}", "(.+)", re.escape(f))) for f in commands.WHERE]
+    for name in ("train", "val", "test", "ood"):
+        for picture, own in itertools.groupby(drawn.items[name], key=lambda i: i["picture"]):
+            own = [item for item in own if item["answer"] is None]
+            assert [i["template"] for i in own[:4]] == ["describe", *["describe_at"] * 3]
+            kinds = [item["first"] for item in own[4:]]
+            assert len(set(kinds)) == len(kinds) <= 3
+            for item in own[4:]:
+                truth = drawn.views[picture].exists(item["first"])
+                assert truth != MAYBE and item["template"] == "where"
+                assert item["reason"].startswith("no ") == (truth == NO)
+                noun = next(m.group(1) for m in (f.fullmatch(item["command"]) for f in forms) if m)
+                assert re.sub("^an? ", "", noun) in commands.NOUNS[item["first"]]
+                asked[truth] += 1
+    assert asked[YES] > asked[NO] > 100
+
+
+def test_ways_are_the_places_that_must_be_free():
+    assert [Question(*q, "").ways() for q in (("straight", ""), ("stop", ""), ("turn", "left"), ("change", "right"),
+                                              ("clear", "ahead"))] == \
+        [("ahead",), ("ahead",), ("ahead", "left"), ("right",), ("ahead",)]
+
+
+def test_every_pair_of_kinds_is_asked_in_every_way():
+    assert len(set(QUESTIONS)) == len(QUESTIONS) and {"rider", "traffic sign"} < set(commands.PAIRED)
+    for a, b in itertools.combinations(commands.PAIRED, 2):
+        for template in ("and", "or"):
+            assert (Question(template, a, b) in QUESTIONS) != (Question(template, b, a) in QUESTIONS)
+        assert {Question("and_no", a, b), Question("and_no", b, a)} <= set(QUESTIONS)
+    assert all(Question(t, a, light) in QUESTIONS for t in ("and", "or", "and_no") for a in commands.PAIRED
+               for light in commands.LIGHTS)
+
+
 def test_check_reason_denies_what_is_false_and_knows_its_grammar():
     view = view_of(CAR_LEFT, BUS_AHEAD, lamp("red", centre=64.0))
     for false in ("a car is near on the left", "a car is far on the right", "no car is in view", "a truck is in view",
@@ -1189,7 +1248,7 @@ def test_every_answer_of_the_finished_commands_follows_from_the_rules(drawn):
         for item in drawn.items[name]:
             if item["answer"] is not None:
                 assert question_of(item).truth(drawn.views[item["picture"]]) == (YES if item["answer"] else NO)
-            else:
+            elif item["template"] != "where":
                 place = item["place"] or None
                 assert item["reason"] == commands.describe(drawn.views[item["picture"]], drawn.cfg.max_describe, place)
 
@@ -1239,7 +1298,7 @@ def test_no_picture_is_in_two_splits(drawn):
 
 def test_held_out_questions_and_paraphrases_are_never_trained_on(drawn):
     last = {name: t.paraphrases[-1] for name, t in commands.TEMPLATES.items()}
-    last.update(describe=commands.DESCRIBE[-1], describe_at=commands.DESCRIBE_AT[-1])
+    last.update(describe=commands.DESCRIBE[-1], describe_at=commands.DESCRIBE_AT[-1], where=commands.WHERE[-1])
     last = {name: re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(form))) for name, form in last.items()}
     for name in ("train", "val"):
         for item in drawn.items[name]:
@@ -1451,15 +1510,21 @@ def test_a_flip_mirrors_the_picture_and_its_words_and_keeps_the_truth(drawn):
 
 def test_tags_are_the_words_of_the_four_descriptions_and_flip_with_the_picture(drawn):
     plain, flipped = (train.Data(changed(drawn.cfg, flip=p, jitter=0.0), drawn.meta, "train") for p in (0.0, 1.0))
-    a, b = plain.batch(0, 16), flipped.batch(0, 16)
+    a, b, where = plain.batch(0, 16), flipped.batch(0, 16), {}
+    for item in drawn.items["train"]:
+        if item["template"] == "where":
+            where.setdefault(item["picture"], []).extend(item["reason"].split())
+    others = 0
     for picture, tags, mirror in zip(pictures_shown(a, plain), a.tags, b.tags):
         said = [commands.describe(drawn.views[picture], drawn.cfg.max_describe, place).split()
                 for place in (None, *commands.PLACES)]
         said[0] = sum(said, [])              # the scene's text stops after max_describe objects, the places' go on
         for row, words_said in zip(tags, said):
             assert [bool(t) for t in row] == [word in words_said for word in train.TAGS]
+        others += len(set(where[picture]) & set(train.TAGS) - set(said[0]))
         assert torch.equal(mirror, tags[[0, 3, 2, 1]])
     assert 0.02 < a.tags.mean() < 0.5 and {"car", "red", "near"} <= set(train.TAGS)
+    assert others > 5, "where an object is missing, \"no bus is in view\" names it: that is no tag"
 
 
 def test_a_crop_keeps_every_answer_reason_and_description(drawn):
@@ -2143,6 +2208,17 @@ def test_prediction_reads_the_answer_at_the_question_mark(drawn):
         assert odds[k] == pytest.approx((logits[tokenizer.YES] - logits[tokenizer.NO]).item(), abs=1e-4)
     few, _ = train.predict(model, data, cfg, torch.device("cpu"), torch.float32, limit=60)
     assert 30 <= len(few) <= 90 and set(few) <= set(rows)
+
+
+def test_prompts_of_any_number_and_length_are_answered_as_if_alone():
+    model, images = tiny(), pictures(3)
+    prompts = [[words(n, seed=10 * b + n).tolist() for n in own] for b, own in enumerate(([4, 9], [6], [3, 5, 12]))]
+    found = train.answer_odds(model, images, prompts, torch.device("cpu"), torch.float32)
+    assert [len(row) for row in found] == [2, 1, 3]
+    for image, own, row in zip(images, prompts, found):
+        for ids, odds in zip(own, row):
+            logits = model(image[None], torch.tensor([ids]))[0, -1]
+            assert odds == pytest.approx((logits[tokenizer.YES] - logits[tokenizer.NO]).item(), abs=1e-4)
 
 
 def test_a_blank_picture_hides_the_picture_and_a_wrong_one_is_another(drawn):
