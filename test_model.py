@@ -2360,55 +2360,234 @@ def test_prefetching_keeps_order_and_passes_errors_on():
         list(train.prefetched(lambda i: 1 / (i - 2), 0, 5, 2))
 
 
-# ---- evaluation ----
+# ---- evaluation: statistics ----
+
+def resampled(picture, resamples):
+    """Rows of items, repeated as the bootstrap draws their pictures: one index array a resample."""
+    pictures, unit = np.unique(picture, return_inverse=True)
+    for times in evaluate.resamples_of(len(pictures), resamples):
+        yield np.repeat(np.arange(len(unit)), times[unit].astype(int))
 
 
-def test_bootstrap_interval_by_hand():
+def span_of(draws):
+    return pytest.approx(np.percentile(list(draws), (2.5, 97.5)))
+
+
+def limits(row):
+    return [row["low"], row["high"]]
+
+
+def simulated(rng, pictures=150, each=4):
+    """Truths, pictures and the chance of a right answer, which differs between pictures: 82.5% on the whole."""
+    chance = np.repeat(rng.choice((0.7, 0.95), pictures), each)
+    return np.arange(pictures * each) % 2 == 1, np.repeat(np.arange(pictures), each), chance
+
+
+def test_resamples_draw_as_many_pictures_as_there_are():
+    drawn_times = evaluate.resamples_of(50, 2000)
+    assert drawn_times.shape == (2000, 50) and (drawn_times.sum(1) == 50).all()
+    assert np.allclose(drawn_times.mean(0), 1, atol=0.15) and drawn_times.var() == pytest.approx(1 - 1 / 50, abs=0.02)
+
+
+def test_balanced_accuracy_rows_by_hand():
     """Two YES of three right, one NO of two right: (2/3 + 1/2) / 2; one picture only leaves nothing to vary."""
-    truth, said = [1, 1, 1, 0, 0], [1, 1, 0, 0, 1]
-    value, low, high = evaluate.bootstrap_interval(truth, said, [0] * 5, 200)
-    assert value == pytest.approx(100 * (2 / 3 + 1 / 2) / 2) and low == pytest.approx(value) == high
-    assert evaluate.bootstrap_interval([1, 1], [1, 0], [0, 1], 200) is None
+    row = evaluate.accuracy_row([1, 1, 1, 0, 0], [1, 1, 0, 0, 1], [0] * 5, 200)
+    assert row["n"] == 5 and row["value"] == pytest.approx(100 * (2 / 3 + 1 / 2) / 2)
+    assert row["low"] == pytest.approx(row["value"]) == row["high"]
+    for truth in ([1, 1], [0, 0], []):                     # not defined without both answers
+        nothing = dict(n=len(truth), value=None, low=None, high=None)
+        assert evaluate.accuracy_row(truth, truth, range(len(truth)), 200) == nothing
+    for nothing in (evaluate.mean_row([], [], 50), evaluate.median_row(np.zeros(0), np.zeros(0), 50)):
+        assert nothing == dict(n=0, value=None, low=None, high=None)
+    assert evaluate.mean_row([3, 4, 4], [True, False, False], 50)["value"] == pytest.approx(100 / 3)
+    assert evaluate.mean_row([3, 4], [1.5, 2.5], 50, 1)["value"] == 2
 
 
-def test_bootstrap_interval_covers_the_truth_and_feels_the_pictures():
-    """A fair coin is covered in 90 to 99% of 200 tries; items that go together in a picture widen the interval."""
-    rng, covered, widths = np.random.default_rng(0), 0, []
-    for _ in range(200):
-        truth, said = np.arange(400) % 2, rng.integers(0, 2, 400)
-        _, low, high = evaluate.bootstrap_interval(truth, said, np.arange(400) // 2, 300)
-        covered += low <= 50 <= high
-    assert 180 <= covered <= 198
-    alike = np.repeat(rng.integers(0, 2, 40), 10)          # ten items of a picture, all right or all wrong
-    for pictures_of in (np.repeat(np.arange(40), 10), np.arange(400)):
-        _, low, high = evaluate.bootstrap_interval(truth, np.where(alike, truth, 1 - truth), pictures_of, 500)
-        widths.append(high - low)
+def test_rows_equal_resampling_picture_by_picture():
+    rng = np.random.default_rng(0)
+    truth, picture, chance = simulated(rng, 31, 5)
+    a, b = (np.where(rng.random(155) < chance, truth, ~truth) for _ in range(2))
+    own = lambda said, i: 100 * train.balanced_accuracy(truth[i], np.where(said[i], 1, -1))         # noqa: E731
+    every = np.arange(155)
+    row = evaluate.accuracy_row(truth, a, picture, 200)
+    assert row["value"] == pytest.approx(own(a, every)) and row["n"] == 155
+    assert limits(row) == span_of(own(a, i) for i in resampled(picture, 200))
+    row = evaluate.difference_row(truth, a, b, picture, 200)
+    assert row["value"] == pytest.approx(own(b, every) - own(a, every))
+    assert limits(row) == span_of(own(b, i) - own(a, i) for i in resampled(picture, 200))
+    values = rng.exponential(size=155)                     # 31 x 5 values: every resample has one in the middle
+    row = evaluate.median_row(picture, values, 200)
+    assert row["value"] == np.median(values) and limits(row) == span_of(
+        np.median(values[i]) for i in resampled(picture, 200))
+    row = evaluate.mean_row(picture, values, 200)
+    assert limits(row) == span_of(100 * values[i].mean() for i in resampled(picture, 200))
+    x, y = rng.random((2, 155)) ** 3
+    y += 0.3 * x
+    ranks = [[sum(other < v for other in all_of) for v in all_of] for all_of in (x, y)]
+    row = evaluate.correlation_row(picture, x, y, 200)
+    assert row["value"] == pytest.approx(np.corrcoef(ranks)[0, 1])
+    assert limits(row) == span_of(np.corrcoef(np.array(ranks)[:, i])[0, 1] for i in resampled(picture, 200))
+    assert evaluate.correlation_row(picture, x, np.exp(5 * x), 50)["value"] == pytest.approx(1)
+    assert evaluate.correlation_row(picture, x, -x, 50)["value"] == pytest.approx(-1)
+
+
+def test_intervals_cover_the_truth_in_95_of_100_sets():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(1000):
+        truth, picture, chance = simulated(rng)
+        row = evaluate.accuracy_row(truth, np.where(rng.random(600) < chance, truth, ~truth), picture, 1000)
+        covered += row["low"] <= 82.5 <= row["high"]
+    assert 940 <= covered <= 960
+
+
+def test_items_that_go_together_in_a_picture_widen_the_interval():
+    rng, widths = np.random.default_rng(0), []
+    truth, alike = np.arange(400) % 2, np.repeat(rng.integers(0, 2, 40), 10)     # ten of a picture are alike
+    for picture in (np.repeat(np.arange(40), 10), np.arange(400)):
+        row = evaluate.accuracy_row(truth, np.where(alike, truth, 1 - truth), picture, 500)
+        widths.append(row["high"] - row["low"])
     assert widths[0] > 2 * widths[1]
 
 
-def test_evaluate_writes_the_page_with_controls_and_failures(drawn, tmp_path, capsys):
-    """An untrained model is near 50 everywhere, and every wrong answer is listed once."""
-    cfg = SimpleNamespace(**{**vars(drawn.cfg), **SMALL, "out_dir": str(tmp_path), "bootstrap": 200})
-    torch.manual_seed(0)
-    words_known = commands.vocabulary()
-    model = VLM(cfg, len(Tokenizer(words_known)))
-    train.save_checkpoint(tmp_path / "best.pt", dict(
-        format=train.FORMAT, model=model.state_dict(), config=vars(cfg), words=words_known, step=0,
-        mean=drawn.meta["mean"], std=drawn.meta["std"], data_hash=drawn.meta["hash"]))
-    page = evaluate.evaluate(cfg)
-    assert page == json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
-    assert set(page["controls"]) == {"blank picture", "wrong picture"}
-    assert set(page["held out"]) == {"test_words", "test_combos"}
-    questions = [i for i in drawn.items["test"] if i["answer"] is not None]
-    assert page["overall"]["all"]["n"] == len(questions) == sum(r["n"] for r in page["family"].values())
-    assert 40 < page["overall"]["all"]["accuracy"] < 60
-    wrong = [json.loads(x) for x in (tmp_path / "failures.jsonl").read_text(encoding="utf-8").splitlines()]
-    yes = sum(i["answer"] for i in questions)
-    missed = sum(w["truth"] == "YES" for w in wrong)
-    assert page["overall"]["all"]["accuracy"] == pytest.approx(
-        50 * ((yes - missed) / yes + 1 - (len(wrong) - missed) / (len(questions) - yes)), abs=0.001)
-    assert all((w["p_yes"] > 0.5) == (w["truth"] == "NO") for w in wrong if w["p_yes"] != 0.5)
-    assert "vision gain" in capsys.readouterr().out
+def test_two_equally_good_models_differ_in_5_of_100_comparisons():
+    rng, found = np.random.default_rng(2), Counter()
+    truth, picture = np.arange(400) % 2 == 1, np.arange(400)
+    for _ in range(1000):
+        hard = rng.choice((0.6, 0.95), 400)                # both find the same questions hard
+        a, b = (np.where(rng.random(400) < hard, truth, ~truth) for _ in range(2))
+        row = evaluate.difference_row(truth, a, b, picture, 1000)
+        found["bootstrap"] += not row["low"] <= 0 <= row["high"]
+        found["mcnemar"] += evaluate.mcnemar(a == truth, b == truth)[2] < 0.05
+    assert 35 <= found["bootstrap"] <= 65 and 35 <= found["mcnemar"] <= 65, found
+
+
+def test_a_real_difference_between_two_models_is_found():
+    rng, found = np.random.default_rng(0), Counter()
+    truth, picture = np.arange(600) % 2 == 1, np.arange(600) // 2
+    for _ in range(50):
+        a, b = (np.where(rng.random(600) < right, truth, ~truth) for right in (0.8, 0.9))
+        row = evaluate.difference_row(truth, a, b, picture, 300)
+        found["bootstrap"] += row["low"] > 0
+        found["mcnemar"] += evaluate.mcnemar(a == truth, b == truth)[2] < 0.01
+    assert min(found["bootstrap"], found["mcnemar"]) >= 45, found
+
+
+@pytest.mark.parametrize("only_a, only_b, p", [
+    (1, 5, (2 * (1 + 6) - 6) / 64), (5, 1, 8 / 64), (0, 4, 1 / 16), (3, 3, 1.0), (0, 0, 1.0), (1, 0, 0.5)])
+def test_mcnemar_by_hand(only_a, only_b, p):
+    """Mid-p: twice the tail of the fair coin, less the chance of just this table."""
+    a = [1] * only_a + [0] * only_b + [1, 1, 0]
+    b = [0] * only_a + [1] * only_b + [1, 1, 0]
+    assert evaluate.mcnemar(a, b) == (only_a, only_b, pytest.approx(p))
+
+
+def test_holm_by_hand():
+    """0.005 x 4, 0.01 x 3, 0.03 x 2, and 0.04 x 1 is raised to the one before it; nothing exceeds 1."""
+    assert evaluate.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert evaluate.holm([0.9, 0.6, 0.01]) == pytest.approx([1, 1, 0.03]) and evaluate.holm([]) == []
+    p = np.random.default_rng(0).random(30) ** 3
+    adjusted = np.array(evaluate.holm(p))
+    assert (np.diff(adjusted[np.argsort(p)]) >= 0).all() and (adjusted >= p).all()
+
+
+def test_sign_flip_test_is_exact():
+    assert evaluate.sign_flip_test([0.1, 2, 3, 0.4, 5, 6]) == 2 / 64 == evaluate.sign_flip_test([-1] * 6)
+    assert evaluate.sign_flip_test([1, -1]) == evaluate.sign_flip_test([7]) == evaluate.sign_flip_test([0, 0]) == 1
+    d = np.random.default_rng(1).normal(0.5, 1, 7)
+    flipped = [abs(np.dot(signs, d)) >= abs(d.sum()) - 1e-9 for signs in itertools.product((1, -1), repeat=7)]
+    assert evaluate.sign_flip_test(d) == np.mean(flipped)
+    assert evaluate.sign_flip_test([1] * 20) == 2 / 2 ** 20
+    for count in (0, 21):
+        with pytest.raises(ValueError, match=f"1 to 20 differences, not {count}"):
+            evaluate.sign_flip_test([1.0] * count)
+
+
+@pytest.mark.parametrize("df, t, p", [(1, 12.706, 0.05), (2, 4.303, 0.05), (5, 2.571, 0.05), (5, 4.032, 0.01),
+                                      (5, 0.727, 0.5), (10, 2.228, 0.05), (29, 2.045, 0.05), (9, 0.0, 1.0)])
+def test_t_test_agrees_with_the_table(df, t, p):
+    """Differences with the table's t; the 95% interval reaches from the mean to the table's t for 0.05."""
+    critical = {1: 12.706, 2: 4.303, 5: 2.571, 9: 2.262, 10: 2.228, 29: 2.045}[df]
+    spread = np.random.default_rng(df).normal(size=df + 1)
+    spread = (spread - spread.mean()) / spread.std(ddof=1) * math.sqrt(df + 1)                # standard error 1
+    for sign in (1, -1):
+        mean, low, high, found = evaluate.t_test(spread + sign * t)
+        assert mean == pytest.approx(sign * t, abs=1e-9) and found == pytest.approx(p, abs=1e-3)
+        assert (low, high) == pytest.approx((mean - critical, mean + critical), abs=2e-3)
+
+
+# ---- evaluation: texts ----
+
+def test_bleu_by_hand():
+    same = "a car is near on the left"
+    assert evaluate.bleu4([(same, same), ("no bus is in view", "no bus is in view")]) == pytest.approx(100)
+    short = [("a car is near on", "a car is near on the left")]            # all it says is right, but 5 of 7 words
+    assert evaluate.bleu4(short) == pytest.approx(100 * math.exp(1 - 7 / 5))
+    long = [("a car is near on the left", "a car is near on")]             # 5/7, 4/6, 3/5, 2/4; length costs nothing
+    assert evaluate.bleu4(long) == pytest.approx(100 * (5 / 7 * 4 / 6 * 3 / 5 * 2 / 4) ** 0.25)
+    twice = ("a a b c d e", "a b c d e f")                                 # the second a is not counted again
+    assert evaluate.bleu4([twice]) == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
+    other = ("a b c d e f", "a b c d e f")                                 # counts of all texts together
+    assert evaluate.bleu4([twice, other]) == pytest.approx(100 * (11 / 12 * 9 / 10 * 7 / 8 * 5 / 6) ** 0.25)
+    assert evaluate.bleu4([("", "a b c d")]) == evaluate.bleu4([("a b c", "a b c")]) == evaluate.bleu4([]) == 0
+
+
+def test_rouge_is_the_longest_common_subsequence():
+    def longest(a, b):
+        if not a or not b:
+            return 0
+        return 1 + longest(a[1:], b[1:]) if a[0] == b[0] else max(longest(a[1:], b), longest(a, b[1:]))
+    assert evaluate.rouge_l("a b c d", "a c d e f") == pytest.approx(2 * 3 / 9)
+    assert evaluate.rouge_l("x y", "x y") == evaluate.rouge_l("", "") == 1 and evaluate.rouge_l("x", "y") == 0
+    assert evaluate.rouge_l("", "x") == 0
+    rng = random.Random(0)
+    for _ in range(60):
+        a, b = ([rng.choice("abc") for _ in range(rng.randrange(1, 8))] for _ in range(2))
+        assert evaluate.rouge_l(" ".join(a), " ".join(b)) == pytest.approx(2 * longest(a, b) / (len(a) + len(b)))
+
+
+# ---- evaluation: calibration ----
+
+def test_calibration_error_by_hand():
+    p, truth = np.array([0.0, 0.0, 1.0, 1.0]), np.array([False, True, True, True])
+    assert evaluate.calibration_bins(p, truth) == [(2, 0, 0.5), (2, 1, 1)] and evaluate.ece(p, truth) == 25
+    assert evaluate.ece(np.array([0.0, 1.0]), np.array([True, False])) == 100
+    alike = np.full(8, 0.75)
+    assert evaluate.ece(alike, np.arange(8) < 6) == 0 and evaluate.ece(alike, np.arange(8) < 2) == pytest.approx(50)
+    p, truth = np.array([0.9, 0.1, 0.2, 0.8, 0.3, 0.7]), np.array([1, 0, 1, 1, 0, 0]) == 1
+    halves = evaluate.calibration_bins(p, truth, 2)
+    assert halves == [(3, pytest.approx(0.2), pytest.approx(1 / 3)), (3, pytest.approx(0.8), pytest.approx(2 / 3))]
+    assert evaluate.ece(p, truth, 2) == pytest.approx(100 * (1 / 3 - 0.2 + 0.8 - 2 / 3) / 2)
+    crowded = np.array([0.01, 0.02, 0.03, 0.04, 0.9, 0.92])                # equal mass: 2 each, whatever lies between
+    bins = evaluate.calibration_bins(crowded, truth, 3, equal_mass=True)
+    assert [n for n, _, _ in bins] == [2, 2, 2] and bins[1] == (2, pytest.approx(0.035), 1)
+    assert [n for n, _, _ in evaluate.calibration_bins(crowded, truth, 3)] == [4, 2], "the bin between is empty"
+    assert [n for n, _, _ in evaluate.calibration_bins(crowded, truth, 15, True)] == [1] * 6
+    found = evaluate.calibration(np.array([0.0, np.log(3), 800]), np.array([True, False, True]))
+    assert found["n"] == 3 and found["brier"] == pytest.approx((0.25 + 0.5625) / 3)
+
+
+def test_a_calibrated_model_measures_the_floor_and_an_overconfident_one_more():
+    rng, ratios = np.random.default_rng(0), {"ece": [], "ece_equal_mass": []}
+    for _ in range(8):
+        odds = rng.normal(0, 2.5, 600)
+        truth = rng.random(600) < 1 / (1 + np.exp(-odds))
+        fair, bold = evaluate.calibration(odds, truth), evaluate.calibration(3 * odds, truth)
+        for name, found in ratios.items():
+            found.append(fair[name]["value"] / fair[name]["calibrated"])
+            assert bold[name]["value"] > bold[name]["calibrated_high"] > bold[name]["calibrated"]
+    assert all(0.85 < np.mean(found) < 1.15 for found in ratios.values()), ratios
+
+
+def test_the_temperature_of_simulated_odds_is_found():
+    rng = np.random.default_rng(0)
+    true = rng.normal(0, 2, 20000)
+    truth = rng.random(20000) < 1 / (1 + np.exp(-true))
+    for temperature in (2.0, 1.0, 0.5):
+        assert evaluate.fit_temperature(temperature * true, truth) == pytest.approx(temperature, rel=0.04)
+    assert evaluate.fit_temperature(np.array([5.0, -5.0]), np.array([True, False])) == pytest.approx(math.exp(-3))
+    true, truth = true[:2000], truth[:2000]
+    scaled = evaluate.calibration(true, truth)["ece"]
+    assert scaled["value"] < scaled["calibrated_high"] < evaluate.calibration(2 * true, truth)["ece"]["value"]
 
 
 # ---- answering ----
