@@ -421,7 +421,7 @@ def twins(subject, asked, odds):
         known = [e for e in edits if e[kind]]
         at = np.array([position[e["item"]] for e in known], int)
         jobs = [(Path(asked.frames[asked.picture[i]]["name"]).stem, e[kind], cfg) for i, e in zip(at, known)]
-        pictures = prepare.parallel(_draw_twin, jobs, cfg, f"{kind} twins")
+        pictures = prepare.parallel(_draw_twin, jobs, cfg, f"{kind} twins", len(jobs))
         edited = np.concatenate(list(subject.ask(zip(pictures, ([asked.prompts[i]] for i in at)))) or [np.zeros(0)])
         changed, own = (edited > 0) != (odds[at] > 0), asked.picture[at]
         if not flips:
