@@ -992,7 +992,7 @@ def _collect(pictures, journal, key, work, jobs, total, cfg):
             file.truncate(length)
             file.seek(length)
         for picture, entry in parallel(work, jobs, cfg, "pictures", total, done):
-            if picture is not None:
+            if entry[0] is not None:
                 images.write(picture)
                 images.flush()
                 stored += 1
