@@ -43,7 +43,7 @@ from config import UserError
 from commands import MAYBE, QUESTIONS, YES, Question, View
 from tokenizer import Tokenizer
 
-MAGIC, VERSION = "traffic-vlm-data", 2
+MAGIC, VERSION = "traffic-vlm-data", 1
 SPLITS = ("train", "val", "test", "ood")
 WEATHERS = ("clear", "overcast", "rainy", "foggy", "snowy")
 TIMES = ("daytime", "dawn/dusk", "night")
@@ -924,7 +924,7 @@ def _decode_one(job):
         if any(lost == "frame" for lost, _, _ in problems):
             return None, [None, record["name"], "", problems]
         picture, sides = load_picture(path, cfg.image_size, with_size=True)
-        if sides != sizes[folder]:
+        if sides != sizes.get(folder, sides):
             raise BadPicture("wrong size", f"{path} has (width, height) {sides}, the others have {sizes[folder]}")
     except BadPicture as error:
         return None, [None, record["name"], "", [("frame", error.kind, str(error))]]
@@ -992,7 +992,7 @@ def _collect(pictures, journal, key, work, jobs, total, cfg):
             file.truncate(length)
             file.seek(length)
         for picture, entry in parallel(work, jobs, cfg, "pictures", total, done):
-            if entry[0] is not None:
+            if entry[0] is not None:                   # neither rejected nor left out
                 images.write(picture)
                 images.flush()
                 stored += 1
@@ -1010,13 +1010,13 @@ def prepare(cfg):
     except OSError as error:
         raise UserError(f"cannot write to data_dir {root}: {error}") from None
     listing, pictures, journal = (root / n for n in ("records.tmp.jsonl", "images.tmp.npy", "journal.tmp.jsonl"))
+    names = [f"scene-{i:06d}" for i in range(cfg.num_scenes)] + [f"ood-{i:06d}" for i in range(cfg.num_ood_scenes)]
+    digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
         if cfg.source == "drawn":
-            names = [f"scene-{i:06d}" for i in range(cfg.num_scenes)] + [f"ood-{i:06d}"
-                                                                         for i in range(cfg.num_ood_scenes)]
-            jobs, total, work, digest = ((name, cfg) for name in names), len(names), _draw_one, hashlib.sha256()
+            jobs, total, work = ((name, cfg) for name in names), len(names), _draw_one
         else:
-            total, work, digest = 0, _decode_one, hashlib.sha256()
+            total, work = 0, _decode_one
             with open(listing, "w", encoding="utf-8") as file:       # clean records: a small part of the label files
                 for total, record in enumerate(bdd_records(cfg), 1):
                     line = json.dumps(record) + "\n"
