@@ -4,6 +4,7 @@ Every test fails if the thing it names breaks. Sections: model; settings and tex
 training; evaluation; answering.
 """
 import ast
+import contextlib
 import csv
 import gzip
 import itertools
@@ -2587,6 +2588,252 @@ def test_the_temperature_of_simulated_odds_is_found():
     true, truth = true[:2000], truth[:2000]
     scaled = evaluate.calibration(true, truth)["ece"]
     assert scaled["value"] < scaled["calibrated_high"] < evaluate.calibration(2 * true, truth)["ece"]["value"]
+
+
+# ---- evaluation: where maps point ----
+
+def test_the_share_of_each_patch_that_boxes_cover():
+    def covered(*edges):
+        labels = [dict(box2d=dict(zip(("x1", "y1", "x2", "y2"), e))) for e in edges]
+        return {i: v for i, v in enumerate(evaluate.cover(labels, 32, 4).tolist()) if v}     # 4 x 4 patches of 8 pixels
+    assert covered((8, 8, 16, 16)) == {5: 1} == covered((8, 8, 16, 16), (9, 9, 12, 12))
+    assert covered((4, 2, 12, 6), (8, 0, 16, 8)) == {0: 0.25, 1: 1}
+    assert covered((-5, 4, 12, 8)) == {0: 0.5, 1: 0.25} and covered((-9, -9, 99, 99)) == dict.fromkeys(range(16), 1)
+    assert covered((20.5, 24.2, 23.5, 40)) == {14: 0.5}, "a pixel counts when the box touches it"
+
+
+def test_maps_that_are_the_box_that_are_even_and_that_tie():
+    covers = np.zeros((4, 16))
+    covers[0, [5, 6]], covers[1, 3], covers[2, [0, 1, 4, 5]], covers[3, :8] = 1, 1, 1, 1
+    area = covers.mean(1)
+    perfect = covers / covers.sum(1, keepdims=True)
+    assert (evaluate.pointing(perfect, covers) == 1).all() and np.allclose(evaluate.mass_in_box(perfect, covers), 1)
+    assert np.allclose(evaluate.enrichment(perfect, covers), 1 / area)
+    assert all((evaluate.box_iou(perfect, covers, t) == 1).all() for t in (0.05, 0.5, 1))
+    even, part = np.full((4, 16), 1 / 16), covers * np.array([0.5, 0.25, 1, 1])[:, None]
+    for c in (covers, part):
+        assert np.allclose(evaluate.pointing(even, c), area), "chance is the share of patches that the box touches"
+        assert np.allclose(evaluate.mass_in_box(even, c), c.mean(1)) and np.allclose(evaluate.enrichment(even, c), 1)
+        assert np.allclose(evaluate.box_iou(even, c, 0.5), c.mean(1))
+    one, box_of = np.zeros((1, 16)), np.zeros((1, 16))
+    one[0, [5, 9, 10]], box_of[0, 5], box_of[0, 6] = (0.4, 0.4, 0.2), 1, 0.5
+    assert evaluate.pointing(one, box_of) == 0.5, "one of two largest patches"
+    assert evaluate.mass_in_box(one, box_of) == pytest.approx(0.4)
+    assert evaluate.enrichment(one, box_of) == pytest.approx(0.4 / (1.5 / 16))
+    assert evaluate.box_iou(one, box_of, 0.5) == pytest.approx(1 / (3 + 1.5 - 1))
+    assert evaluate.box_iou(one, box_of, 0.6) == pytest.approx(1 / (2 + 1.5 - 1))
+
+
+def look_of(*entries, layers=1, heads=1):
+    """A Look of (question, category, patches of the box, map), each map given to all layers and heads."""
+    if not entries:                                        # as `looks` gives it
+        return evaluate.Look(np.zeros(0, int), *np.zeros((3, 0)))
+    covers = np.zeros((len(entries), 16))
+    for row, entry in zip(covers, entries):
+        row[list(entry[2])] = 1
+    maps = np.array([entry[3] for entry in entries], float)[:, None, None]
+    return evaluate.Look(np.array([e[0] for e in entries], int), np.array([e[1] for e in entries]),
+                         np.broadcast_to(maps, (len(entries), layers, heads, 16)), covers)
+
+
+def one_hot(*patches, size=16):
+    found = np.zeros(size)
+    found[list(patches)] = 1 / len(patches)
+    return found
+
+
+def test_rivals_of_a_map_are_of_another_command_and_of_another_picture():
+    maps = [one_hot(k) for k in (1, 2, 3, 4, 5)]
+    look = look_of((0, "car", [1], maps[0]), (1, "bus", [2], maps[1]), (2, "car", [3], maps[2]),
+                   (3, "car", [4], maps[3]), (4, "truck", [5], maps[4]), layers=2, heads=2)
+    picture, even = np.array([10, 10, 10, 11, 12]), np.ones(16)
+    untrained = look._replace(maps=np.broadcast_to(one_hot(9), look.maps.shape))
+    mixed = np.stack([np.broadcast_to(one_hot(0), (5, 2, 16)), look.maps[:, 1]], 1)     # layer 1 alone is asked for
+    found = evaluate.baseline_maps(look._replace(maps=mixed), picture, 4, untrained, 1)
+    assert np.array_equal(found["another command's map"], [maps[1], maps[2], maps[1], even, even])
+    assert np.array_equal(found["another picture's map"], [maps[3], even, maps[3], maps[0], even])
+    assert (found["untrained weights"] == one_hot(9)).all() and (found["chance (any patch)"] == 1).all()
+    centre = found["centre of the picture"].reshape(5, 4, 4)
+    assert np.array_equal(centre, centre[:, ::-1]) and np.array_equal(centre, centre.transpose(0, 2, 1))
+    assert set(np.flatnonzero(centre[0] == centre.max())) == {5, 6, 9, 10}
+
+
+def test_grounding_sets_the_model_beside_its_best_baseline():
+    """The layer is the one that another set's maps choose, the threshold is fitted on that set too."""
+    look = look_of((0, "car", [1, 2], one_hot(1)), (1, "bus", [6], one_hot(6)), (2, "car", [1], one_hot(1)),
+                   (3, "bus", [15], one_hot(3)), layers=2, heads=2)
+    maps = np.stack([np.broadcast_to(one_hot(0), (4, 2, 16)), look.maps[:, 1]], 1)         # layer 0 always looks away
+    look = look._replace(maps=maps)
+    untrained = look._replace(maps=np.broadcast_to(one_hot(0), look.maps.shape))
+    found = evaluate.grounding(look, np.arange(4), untrained, look, 100, 4)
+    value = {name: {k: row["value"] for k, row in rows.items()} for name, rows in found["scores"].items()}
+    assert found["layer"] == 1
+    assert value["model"] == dict(pointing=75, mass_in_box=75, enrichment=12, iou=pytest.approx(100 * 2.5 / 4))
+    assert value["model, mean of all layers"]["mass_in_box"] == 37.5
+    assert value["another picture's map"]["pointing"] == 50 and value["untrained weights"]["pointing"] == 0
+    assert value["chance (any patch)"] == dict(
+        pointing=pytest.approx(100 * 5 / 64), mass_in_box=pytest.approx(100 * 5 / 64), enrichment=pytest.approx(1),
+        iou=pytest.approx(100 * 5 / 64))
+    assert found["best_baseline"] == "another picture's map" and found["pointing_ahead"]["value"] == 25
+    assert {c: row["value"] for c, row in found["pointing_by_category"].items()} == dict(bus=50, car=100)
+    away = look._replace(maps=maps[:, ::-1])               # val says layer 0: then the maps of layer 0 are scored
+    found = evaluate.grounding(look, np.arange(4), untrained, away, 100, 4)
+    assert found["layer"] == 0 and found["scores"]["model"]["pointing"]["value"] == 0
+    found = evaluate.grounding(look, np.arange(4), untrained, look_of(), 100, 4)
+    assert (found["layer"], found["threshold"]) == (0, 0.5)
+    assert evaluate.grounding(look_of(), np.arange(4), look_of(), look, 100, 4) == dict(n=0)
+
+
+def test_the_threshold_that_fits_best_is_found():
+    maps, covers = np.full((1, 16), 0.5), one_hot(5, 6)[None] * 2
+    maps[0, [5, 6]] = 1, 0.6
+    assert evaluate.best_threshold(maps, covers) in (0.55, 0.6)
+    for level in (0.25, 0.85):
+        maps[0, 6], maps[0, 9] = level + 0.02, level - 0.03
+        maps[0, [i for i in range(16) if i not in (5, 6, 9)]] = 0
+        assert evaluate.best_threshold(maps, covers) == level
+
+
+def stub(**parts):
+    """A subject that answers as a test wants: of the tiny pictures, with four by four patches."""
+    cfg = changed(DEFAULTS, image_size=32, patch_size=8, bootstrap=50, workers=1)
+    return SimpleNamespace(**{**dict(cfg=cfg, state=dict(mean=[0.5, 0.5, 0.5]), device=torch.device("cpu"),
+                                     dtype=torch.float32, tokenizer=Tokenizer(commands.vocabulary())), **parts})
+
+
+def test_deletion_and_insertion_follow_the_map():
+    """p(YES) hangs on patch 6 alone. With a map that looks there it falls, or rises, at the first of 16 patches."""
+    def ask_of(jobs):
+        for image, prompts in jobs:
+            seen = (image[8:16, 16:24] != 128).any()
+            assert image.shape == (32, 32, 3) and len(prompts) == 1
+            yield np.array([4.0 if seen else -4.0])
+    subject, high, low = stub(ask=ask_of), 100 / (1 + math.exp(-4)), 100 / (1 + math.exp(4))
+    asked = SimpleNamespace(picture=np.arange(9), prompts=[[1]] * 9,
+                            data=SimpleNamespace(images=np.full((9, 32, 32, 3), 200, np.uint8)))
+    odds = np.full(9, 4.0)
+    odds[8] = -1                                           # a wrong answer is no use
+    for first, map_of in ((True, one_hot(6)), (False, np.where(np.arange(16) == 6, 0, 1 / 15))):
+        look = look_of(*((i, "car", [6], map_of) for i in range(9)))
+        found = evaluate.deletion_insertion(subject, asked, look, odds, 30)
+        assert found["share_of_patches"] == [0, 1 / 16, 2 / 16, 4 / 16, 8 / 16, 1]
+        fall, rise = found["deletion"], found["insertion"]
+        assert fall["attention"]["n"] == rise["difference"]["n"] == 8
+        steps = (1, 5) if first else (5, 1)                # the patch that matters goes first, or last
+        assert fall["curve"] == pytest.approx([high] * steps[0] + [low] * steps[1])
+        assert rise["curve"] == pytest.approx([low] * steps[0] + [high] * steps[1])
+        if first:
+            assert fall["attention"]["value"] == pytest.approx((high + low) / 32 + low * 15 / 16)
+            assert rise["attention"]["value"] == pytest.approx((high + low) / 32 + high * 15 / 16)
+        better, worse = (fall, rise) if first else (rise, fall)
+        assert better["difference"]["high"] < 0 < worse["difference"]["low"]
+    assert fall["random"]["value"] == pytest.approx(100 - rise["random"]["value"])
+    assert evaluate.deletion_insertion(subject, asked, look, odds, 3)["deletion"]["difference"]["n"] == 3
+    nothing = evaluate.deletion_insertion(subject, asked, look, -odds - 5, 3)
+    assert nothing["deletion"]["difference"] == dict(n=0, value=None, low=None, high=None)
+
+
+# ---- evaluation: maps compared ----
+
+def test_entropy_and_distances_of_maps():
+    assert evaluate.entropy(np.full((2, 16), 1 / 16)) == pytest.approx([math.log(16)] * 2)
+    assert evaluate.entropy(one_hot(3)) == 0 and evaluate.entropy(one_hot(3, 4)) == pytest.approx(math.log(2))
+    maps = np.random.default_rng(0).dirichlet(np.ones(16), 3)
+    same = evaluate.distances(maps, maps)
+    assert np.allclose(same["cosine"], 1) and np.allclose(same["l2"], 0) and np.allclose(same["js"], 0)
+    apart = evaluate.distances(one_hot(1)[None], one_hot(2)[None])
+    assert (apart["cosine"], apart["l2"], apart["js"]) == (0, pytest.approx(math.sqrt(2)), pytest.approx(math.log(2)))
+    a, b = maps[:2]
+    found, middle = evaluate.distances(a[None], b[None]), (a + b) / 2
+    assert found["js"][0] == pytest.approx(sum((x * np.log(x / middle)).sum() / 2 for x in (a, b)))
+    assert found["l2"][0] == pytest.approx(np.linalg.norm(a - b))
+    assert found["cosine"][0] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+# ---- evaluation: heads ----
+
+@torch.no_grad()
+def test_what_the_heads_add_sums_to_the_output_of_every_attention():
+    model, inputs = tiny(), {}
+    for name, p in model.named_parameters():
+        if name.endswith("out.bias"):
+            torch.nn.init.normal_(p)
+    layers = {(kind, i): m for kind, ms in evaluate.attentions(model).items() for i, m in enumerate(ms)}
+    assert sorted(layers) == [(kind, i) for kind in ("cross", "self", "vision") for i in (0, 1)]
+    assert {id(m) for m in layers.values()} == {id(m) for m in model.modules() if isinstance(m, Attention)}
+    for key, module in layers.items():
+        module.out.register_forward_hook(lambda _, x, y, key=key: inputs.update({key: (x[0], y)}))
+    model(pictures(2), words(2, 3, 7))
+    for key, module in layers.items():
+        heads, output = inputs[key]
+        parts = evaluate.head_contributions(module, heads)
+        assert parts.shape == (2 if key[0] == "vision" else 4, *output.shape)
+        bias = module.out.bias if module.out.bias is not None else 0
+        close(parts.sum(0) + bias, output)
+        assert min(part.norm() for part in parts) > 0.01
+
+
+@torch.no_grad()
+def test_a_head_can_be_taken_out_and_is_put_back():
+    model, images, tokens = tiny(), pictures(2), words(2, 3, 7)
+    for kind, modules in evaluate.attentions(model).items():
+        module, d, seen = modules[1], modules[1].head_dim, []
+        module.out.weight[:, :d] = 0                       # nobody hears head 0
+        before = model(images, tokens)
+        with evaluate.without_head(module, 0):
+            close(model(images, tokens), before)
+        with evaluate.without_head(module, 1):
+            assert (model(images, tokens) - before).abs().max() > 1e-3, kind
+        assert torch.equal(model(images, tokens), before)
+        with contextlib.ExitStack() as stack:              # without any head only the bias is left
+            for head in range(module.out.in_features // d):
+                stack.enter_context(evaluate.without_head(module, head))
+            handle = module.out.register_forward_hook(lambda _, x, y: seen.append(y))
+            model(images, tokens)
+            handle.remove()
+        bias = torch.zeros(32) if module.out.bias is None else module.out.bias
+        assert torch.equal(seen[0], bias.expand_as(seen[0]))
+        with pytest.raises(RuntimeError), evaluate.without_head(module, 1):
+            raise RuntimeError
+        assert torch.equal(model(images, tokens), before), "put back after an error too"
+
+
+def test_planted_clusters_are_found():
+    points = np.array([[0.0], [1.0], [10.0], [11.0]])
+    label = evaluate.k_means(points, 2)
+    assert label[0] == label[1] != label[2] == label[3]
+    by_hand = np.mean([(10.5 - 1) / 10.5, (9.5 - 1) / 9.5, (9.5 - 1) / 9.5, (10.5 - 1) / 10.5])
+    assert evaluate.silhouette(points, label) == pytest.approx(by_hand)
+    assert evaluate.silhouette(points, np.array([0, 1, 0, 1])) < 0
+    assert evaluate.silhouette(points, np.zeros(4, int)) == 0
+    assert evaluate.silhouette(points, np.array([0, 0, 0, 1])) == pytest.approx(np.mean(
+        [(11 - 5.5) / 11, (10 - 5) / 10, (1 - 9.5) / 9.5, 0])), "one alone counts 0"
+    rng = np.random.default_rng(0)
+    for k in (3, 4, 5):
+        truth = np.repeat(np.arange(k), 8)
+        points = 5 * np.eye(k)[truth] + rng.normal(0, 0.3, (8 * k, k))
+        label = evaluate.k_means(points, k)
+        assert len({(t, c) for t, c in zip(truth, label)}) == k and evaluate.silhouette(points, label) > 0.7
+        scores = {j: evaluate.silhouette(points, evaluate.k_means(points, j)) for j in range(2, 7)}
+        assert max(scores, key=scores.get) == k
+
+
+def test_heads_that_look_for_cars_are_said_to():
+    """Head 0 of both layers looks only at cars, head 1 only at buses, head 2 at everything alike."""
+    look = look_of(*((i, ("car", "bus")[i % 2], [(3 * i) % 16], one_hot(0)) for i in range(8)))
+    maps = np.full((8, 2, 3, 16), 1 / 16)
+    for i, (category, boxed) in enumerate(zip(look.category, look.cover)):
+        maps[i, :, 0 if category == "car" else 1] = boxed
+    found = evaluate.specialisation(look._replace(maps=maps))
+    assert found["categories"] == ["bus", "car"]
+    assert np.allclose(found["enrichment"], [[[1, 16], [16, 1], [1, 1]]] * 2)
+    assert np.allclose(found["selectivity"], [[math.log(16) / 2, math.log(16) / 2, 0]] * 2)
+    groups = {tuple(map(tuple, c["heads"])): c for c in found["clusters"]}
+    assert set(groups) == {((0, 0), (1, 0)), ((0, 1), (1, 1)), ((0, 2), (1, 2))} and found["silhouette"] > 0.99
+    cars, buses = groups[(0, 0), (1, 0)], groups[(0, 1), (1, 1)]
+    assert (cars["looks_for"], buses["looks_for"]) == ("car", "bus")
+    assert cars["enrichment"] == pytest.approx(16) and cars["mean"] == pytest.approx(17 / 2)
+    assert evaluate.specialisation(look_of()) == dict(categories=[])
 
 
 # ---- answering ----
