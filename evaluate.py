@@ -314,6 +314,11 @@ class Questions:
         those = np.flatnonzero(np.ones(len(self.rows), bool) if where is None else where)
         return np.sort(np.random.default_rng(seed).permutation(those)[:count])
 
+    def sample_pictures(self, count):
+        """About `count` of the questions: all of some pictures, drawn by seed 0."""
+        pictures = np.random.default_rng(0).permutation(np.unique(self.picture))
+        return np.flatnonzero(np.isin(self.picture, pictures[:-(-len(pictures) * count // max(len(self.rows), 1))]))
+
 
 # ---- accuracy ----
 
@@ -337,7 +342,7 @@ def breakdowns(asked):
     def span(value, *starts):
         low = max(s for s in starts if s <= value)
         after = [s for s in starts if s > low]
-        return f"{low} to {after[0] - 1}" if after else f"{low} or more"
+        return f"{low} or more" if not after else str(low) if after[0] == low + 1 else f"{low} to {after[0] - 1}"
 
     views, frames = ([table[p] for p in asked.picture] for table in (asked.views, asked.frames))
     named = [sum(o.category in q.objects for o in view.objects) for q, view in zip(asked.questions, views)]
@@ -566,20 +571,13 @@ def looks(subject, asked, chosen, model=None):
     return np.array(answers), answer, word
 
 
-def best_layer(look):
-    """The layer whose maps, averaged over heads, hold the largest enrichment; 0 without any."""
-    if not len(look.question):
-        return 0
-    return max(range(look.maps.shape[1]), key=lambda i: np.median(enrichment(look.maps[:, i].mean(1), look.cover)))
-
-
-def baseline_maps(look, picture, side, untrained, layer):
+def baseline_maps(look, picture, side, untrained):
     """{name: maps (m, P)} to set beside the model's own: what a look that knows less would score.
 
     Another command's map is that of a word for another kind in the same picture; another picture's map is that of a
     word for the same kind. Where there is none, the map is uniform.
     """
-    n, own, where = len(look.question), look.maps[:, layer].mean(1), picture[look.question]
+    n, own, where = len(look.question), look.maps.mean((1, 2)), picture[look.question]
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
     centre = np.exp(-(x ** 2 + y ** 2) / (side / 2) ** 2).ravel()
     together, alike = {}, {}
@@ -594,27 +592,26 @@ def baseline_maps(look, picture, side, untrained, layer):
     return {"chance (any patch)": np.ones((n, side * side)), "centre of the picture": np.tile(centre, (n, 1)),
             "another command's map": np.array([rival(i, together[where[i]], look.category) for i in range(n)]),
             "another picture's map": np.array([rival(i, alike[look.category[i]], where) for i in range(n)]),
-            "untrained weights": untrained.maps[:, layer].mean(1)}
+            "untrained weights": untrained.maps.mean((1, 2))}
 
 
 def grounding(look, picture, untrained, chosen_on, resamples, side):
-    """Pointing, mass, enrichment and IoU of one layer's maps, averaged over heads, with all baselines beside.
+    """Pointing, mass, enrichment and IoU of the maps averaged over layers and heads, with all baselines beside.
 
-    chosen_on: the Look of other questions (val) on which the layer and the threshold of the IoU are chosen.
+    chosen_on: the Look of other questions (val) on which the threshold of the IoU is chosen.
     """
     if not len(look.question):
         return dict(n=0)
-    layer = best_layer(chosen_on)
     where, covers, found = picture[look.question], look.cover, {}
-    threshold = best_threshold(chosen_on.maps[:, layer].mean(1), chosen_on.cover) if len(chosen_on.question) else 0.5
-    rivals, own = baseline_maps(look, picture, side, untrained, layer), look.maps[:, layer].mean(1)
-    for name, maps in {"model": own, "model, mean of all layers": look.maps.mean((1, 2)), **rivals}.items():
+    threshold = best_threshold(chosen_on.maps.mean((1, 2)), chosen_on.cover) if len(chosen_on.question) else 0.5
+    rivals, own = baseline_maps(look, picture, side, untrained), look.maps.mean((1, 2))
+    for name, maps in {"model": own, **rivals}.items():
         found[name] = dict(pointing=mean_row(where, pointing(maps, covers), resamples),
                            mass_in_box=mean_row(where, mass_in_box(maps, covers), resamples),
                            enrichment=median_row(where, enrichment(maps, covers), resamples),
                            iou=mean_row(where, box_iou(maps, covers, threshold), resamples))
     best, hit = max(rivals, key=lambda name: found[name]["pointing"]["value"]), pointing(own, covers)
-    return dict(layer=layer, threshold=threshold, scores=found, best_baseline=best,
+    return dict(threshold=threshold, scores=found, best_baseline=best,
                 pointing_ahead=mean_row(where, hit - pointing(rivals[best], covers), resamples),
                 pointing_by_category={c: mean_row(where[mine], hit[mine], resamples)
                                       for c in sorted(set(look.category)) for mine in [look.category == c]})
@@ -1013,7 +1010,7 @@ def print_page(page):
         if "scores" not in g:
             continue
         looker = "word for an object" if kind == "word" else "answer"
-        print(f"\nwhere the {looker} looks in layer {g['layer']} (chosen on val), mean of its heads\n"
+        print(f"\nwhere the {looker} looks, mean of all layers and heads\n"
               f"{'':<28}pointing %, mass in box %, median enrichment, IoU %  n={g['pointing_ahead']['n']}")
         for name, scores in g["scores"].items():
             print(f"  {name:<26}" + "".join(f" {e['value']:6.2f} [{e['low']:.1f}, {e['high']:.1f}]"
@@ -1090,7 +1087,7 @@ def evaluate(cfg):
 
     stage("held-out, training and out-of-distribution questions")
     sets = {name: Questions(subject, meta, name, limit) for name, limit in
-            (("val", 0), ("train", cfg.sample_items), ("test_words", 0), ("test_combos", 0), ("ood", 0))
+            (("val", 0), ("train", cfg.sample_items // 2), ("test_words", 0), ("test_combos", 0), ("ood", 0))
             if (Path(cfg.data_dir) / f"index_{name}.npy").exists()}
     said = {name: s.odds(subject) for name, s in sets.items()}
     rows = {name: accuracy_row(s.truth, said[name] > 0, s.picture, resamples) for name, s in sets.items()}
@@ -1109,20 +1106,20 @@ def evaluate(cfg):
     stage("twins")
     page["twins"] = twins(subject, asked, odds) if cfg.source == "drawn" and cfg.split == "test" else {}
     stage("reasons")
-    page["reasons"] = reasons(subject, asked, cfg.sample_items)
-    page["descriptions"] = reasons(subject, Questions(subject, meta, cfg.split, verdicts=False), cfg.sample_items // 4)
+    page["reasons"] = reasons(subject, asked, cfg.sample_items // 2)
+    page["descriptions"] = reasons(subject, Questions(subject, meta, cfg.split, verdicts=False), cfg.sample_items // 8)
     temperature = fit_temperature(said["val"], sets["val"].truth) if len(said["val"]) else 1.0
     page["calibration"] = dict(temperature=temperature, raw=calibration(odds, truth),
                                scaled=calibration(odds / temperature, truth))
 
     stage("attention")
     side = cfg.image_size // cfg.patch_size
-    chosen = asked.sample(cfg.sample_items, 0)
+    chosen = asked.sample_pictures(cfg.sample_items)
     torch.manual_seed(0)
     untrained = VLM(cfg, len(subject.tokenizer)).to(subject.device).eval()
     maps, answer, word = looks(subject, asked, chosen)
     _, null_answer, null_word = looks(subject, asked, chosen, untrained)
-    _, val_answer, val_word = looks(subject, sets["val"], sets["val"].sample(cfg.sample_items // 2, 0))
+    _, val_answer, val_word = looks(subject, sets["val"], sets["val"].sample_pictures(cfg.sample_items // 4))
     entropies, confidence = entropy(maps), np.abs(odds[chosen])                                  # (n, L, H)
     where = picture[chosen]
     page["attention"] = dict(
