@@ -697,7 +697,7 @@ def stability(subject, asked, count):
     where = asked.picture[chosen]
     found = {name: {k: mean_row(where, v, resamples, 1) for k, v in distances(own, maps).items()}
              for name, maps in pairs.items()}
-    if cfg.source == "drawn":
+    if cfg.source == "drawn" and asked.data.name == "test":
         with open(Path(cfg.data_dir) / "twins.jsonl", encoding="utf-8") as file:
             edits = {e["item"]: e["neutral"] for e in map(json.loads, file)}
         kept = [k for k, i in enumerate(chosen) if edits.get(int(asked.rows[i]))]
