@@ -473,14 +473,14 @@ def reasons(subject, asked, count):
     pairs = [(text, asked.items[i]["reason"]) for (_, text), i in zip(said, chosen)]
     truth = np.array([-1 if t is None else t for t in (commands.check_reason(text, asked.views[asked.picture[i]])
                                                        for (_, text), i in zip(said, chosen))])
-    valid = np.array([verdict is not None for verdict, _ in said], bool)
     found = dict(exact=mean_row(own, [a == b for a, b in pairs], resamples),
                  bleu4=dict(n=len(pairs), value=bleu4(pairs)),
                  rouge_l=mean_row(own, [rouge_l(*p) for p in pairs], resamples),
                  true=mean_row(own, truth == commands.YES, resamples),
                  false=mean_row(own, truth == commands.NO, resamples),
                  not_in_grammar=mean_row(own, truth == -1, resamples))
-    if valid.any():                         # else: descriptions
+    if any(item["answer"] is not None for item in asked.items):             # else: descriptions
+        valid = np.array([verdict is not None for verdict, _ in said], bool)
         right = np.array([verdict == asked.truth[i] for (verdict, _), i in zip(said, chosen)], bool)
         found.update(valid_answers=mean_row(own, valid, resamples),
                      true_when_answer_right=mean_row(own[right], truth[right] == commands.YES, resamples),
