@@ -929,9 +929,6 @@ def command_pairs(asked, odds):
 
 def compare(subject, other, asked, odds):
     """Paired comparison with another checkpoint on the same questions: McNemar and the bootstrap of the difference."""
-    if other.tokenizer.words != subject.tokenizer.words or other.cfg.image_size != subject.cfg.image_size:
-        raise UserError("the checkpoint of --against has another vocabulary or image_size: the two cannot be compared "
-                        "on the same data")
     theirs = asked.odds(other)
     only_other, only_this, p = mcnemar((theirs > 0) == asked.truth, (odds > 0) == asked.truth)
     return dict(other=accuracy_row(asked.truth, theirs > 0, asked.picture, subject.cfg.bootstrap),
@@ -1057,6 +1054,12 @@ def evaluate(cfg):
     start, out, against = time.time(), Path(cfg.out_dir), cfg.against
     subject = Subject(cfg)
     other = Subject(type(cfg)(**{**vars(cfg), "checkpoint": against})) if against else None
+    if other and (other.tokenizer.words, other.cfg.image_size) != (subject.tokenizer.words, subject.cfg.image_size):
+        raise UserError(f"{against} has another vocabulary or image_size: the two cannot be compared on the same data")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to out_dir {out}: {error}") from None
     cfg = subject.cfg
     meta, resamples = prepare.load_meta(cfg), cfg.bootstrap
     print(f"device {subject.device}, dtype {str(subject.dtype)[6:]} ({subject.why}); checkpoint of step "
@@ -1154,7 +1157,6 @@ def evaluate(cfg):
     full = [cross.astype(np.float16) for cross in subject.look(asked.jobs(chosen[kept]))]
     longest = max((c.shape[2] for c in full), default=0)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         np.savez(out / "attention.npz", items=asked.rows[chosen], answer_maps=maps.mean((1, 2)).astype(np.float16),
                  odds=odds[chosen], full_items=asked.rows[chosen[kept]],
                  full=np.stack([np.pad(c, ((0, 0), (0, 0), (0, longest - c.shape[2]), (0, 0))) for c in full]))
