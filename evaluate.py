@@ -656,7 +656,8 @@ def deletion_insertion(subject, asked, answer, odds, count, orders=3):
         own, chance = area[:, 0, k], area[:, 1:, k].mean(1)
         areas[name] = dict(attention=mean_row(where, own, resamples, 1), random=mean_row(where, chance, resamples, 1),
                            difference=mean_row(where, own - chance, resamples, 1),
-                           curve=p[:, 0, k].mean(0).tolist(), random_curve=p[:, 1:, k].mean((0, 1)).tolist())
+                           **(dict(curve=p[:, 0, k].mean(0).tolist(), random_curve=p[:, 1:, k].mean((0, 1)).tolist())
+                              if len(usable) else {}))
     return dict(share_of_patches=share.tolist(), **areas)
 
 
