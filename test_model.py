@@ -2648,8 +2648,7 @@ def test_rivals_of_a_map_are_of_another_command_and_of_another_picture():
                    (3, "car", [4], maps[3]), (4, "truck", [5], maps[4]), layers=2, heads=2)
     picture, even = np.array([10, 10, 10, 11, 12]), np.ones(16)
     untrained = look._replace(maps=np.broadcast_to(one_hot(9), look.maps.shape))
-    mixed = np.stack([np.broadcast_to(one_hot(0), (5, 2, 16)), look.maps[:, 1]], 1)     # layer 1 alone is asked for
-    found = evaluate.baseline_maps(look._replace(maps=mixed), picture, 4, untrained, 1)
+    found = evaluate.baseline_maps(look, picture, 4, untrained)
     assert np.array_equal(found["another command's map"], [maps[1], maps[2], maps[1], even, even])
     assert np.array_equal(found["another picture's map"], [maps[3], even, maps[3], maps[0], even])
     assert (found["untrained weights"] == one_hot(9)).all() and (found["chance (any patch)"] == 1).all()
@@ -2659,28 +2658,24 @@ def test_rivals_of_a_map_are_of_another_command_and_of_another_picture():
 
 
 def test_grounding_sets_the_model_beside_its_best_baseline():
-    """The layer is the one that another set's maps choose, the threshold is fitted on that set too."""
+    """Maps are averaged over layers and heads; the threshold is fitted on another set."""
     look = look_of((0, "car", [1, 2], one_hot(1)), (1, "bus", [6], one_hot(6)), (2, "car", [1], one_hot(1)),
                    (3, "bus", [15], one_hot(3)), layers=2, heads=2)
-    maps = np.stack([np.broadcast_to(one_hot(0), (4, 2, 16)), look.maps[:, 1]], 1)         # layer 0 always looks away
+    maps = np.stack([np.broadcast_to(one_hot(0), (4, 2, 16)), 3 * look.maps[:, 1]], 1) / 2  # layer 0 always looks away
     look = look._replace(maps=maps)
     untrained = look._replace(maps=np.broadcast_to(one_hot(0), look.maps.shape))
     found = evaluate.grounding(look, np.arange(4), untrained, look, 100, 4)
     value = {name: {k: row["value"] for k, row in rows.items()} for name, rows in found["scores"].items()}
-    assert found["layer"] == 1
-    assert value["model"] == dict(pointing=75, mass_in_box=75, enrichment=12, iou=pytest.approx(100 * 2.5 / 4))
-    assert value["model, mean of all layers"]["mass_in_box"] == 37.5
+    assert value["model"]["pointing"] == 75 and value["model"]["mass_in_box"] == pytest.approx(75 * 0.75)
+    assert value["model"]["enrichment"] == pytest.approx(12 * 0.75)
+    assert value["model"]["iou"] == pytest.approx(100 * 2.5 / 4) and found["threshold"] > 1 / 3
     assert value["another picture's map"]["pointing"] == 50 and value["untrained weights"]["pointing"] == 0
     assert value["chance (any patch)"] == dict(
         pointing=pytest.approx(100 * 5 / 64), mass_in_box=pytest.approx(100 * 5 / 64), enrichment=pytest.approx(1),
         iou=pytest.approx(100 * 5 / 64))
     assert found["best_baseline"] == "another picture's map" and found["pointing_ahead"]["value"] == 25
     assert {c: row["value"] for c, row in found["pointing_by_category"].items()} == dict(bus=50, car=100)
-    away = look._replace(maps=maps[:, ::-1])               # val says layer 0: then the maps of layer 0 are scored
-    found = evaluate.grounding(look, np.arange(4), untrained, away, 100, 4)
-    assert found["layer"] == 0 and found["scores"]["model"]["pointing"]["value"] == 0
-    found = evaluate.grounding(look, np.arange(4), untrained, look_of(), 100, 4)
-    assert (found["layer"], found["threshold"]) == (0, 0.5)
+    assert evaluate.grounding(look, np.arange(4), untrained, look_of(), 100, 4)["threshold"] == 0.5
     assert evaluate.grounding(look_of(), np.arange(4), look_of(), look, 100, 4) == dict(n=0)
 
 
