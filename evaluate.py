@@ -111,6 +111,15 @@ def difference_row(truth, a, b, picture, resamples):
                     lambda s: balanced(s[..., 4:]) - balanced(s[..., :4]), resamples)
 
 
+def drop_row(first, second, resamples):
+    """Balanced accuracy on one set of questions minus that on another, in points; each (truth, said, picture)."""
+    blocks = [np.array(yes_no(*one[:2]), float) for one in (first, second)]                     # (4, n) each
+    columns = np.zeros((8, sum(b.shape[1] for b in blocks)))
+    columns[:4, :blocks[0].shape[1]], columns[4:, blocks[0].shape[1]:] = blocks
+    return interval(np.concatenate((first[2], second[2])), columns,
+                    lambda s: balanced(s[..., :4]) - balanced(s[..., 4:]), resamples)
+
+
 def correlation_row(picture, x, y, resamples):
     """Spearman's rank correlation of x and y, each (n,)."""
     x, y = (np.argsort(np.argsort(v)) / max(len(v), 1) - 0.5 for v in (x, y))
@@ -1095,16 +1104,12 @@ def evaluate(cfg):
             if (Path(cfg.data_dir) / f"index_{name}.npy").exists()}
     said = {name: s.odds(subject) for name, s in sets.items()}
     rows = {name: accuracy_row(s.truth, said[name] > 0, s.picture, resamples) for name, s in sets.items()}
-    page["train_gap"] = {name: rows[name] for name in ("train", "val")}
+    here, there = (truth, odds > 0, picture), {name: (s.truth, said[name] > 0, s.picture) for name, s in sets.items()}
+    page["train_gap"] = {"train": rows["train"], "val": rows["val"],
+                         f"train minus {cfg.split}": drop_row(there["train"], here, resamples)}
     page["held_out"] = {}
     for name in ("test_words", "test_combos") if cfg.split == "test" else ():
-        page["held_out"][name] = rows[name]
-        both = [np.concatenate(pair) for pair in ((truth, sets[name].truth), (odds > 0, said[name] > 0),
-                                                  (picture, sets[name].picture), (np.zeros(len(truth), bool),
-                                                                                  np.ones(len(said[name]), bool)))]
-        page["held_out"][f"{name}, drop"] = interval(
-            both[2], (*(c & ~both[3] for c in yes_no(*both[:2])), *(c & both[3] for c in yes_no(*both[:2]))),
-            lambda s: balanced(s[..., :4]) - balanced(s[..., 4:]), resamples)
+        page["held_out"].update({name: rows[name], f"{name}, drop": drop_row(here, there[name], resamples)})
     page["ood"] = {"all": rows["ood"], **broken_down(sets["ood"], said["ood"], resamples)} if "ood" in sets else {}
 
     stage("twins")
