@@ -701,9 +701,10 @@ def stability(subject, asked, count):
         rivals = [j for j in range(max(i - 40, 0), min(i + 40, len(asked.rows)))
                   if asked.picture[j] == asked.picture[i] and asked.questions[j] != asked.questions[i]]
         other.append(rng.choice(rivals) if rivals else i)
+    far = np.roll(chosen, len(chosen) // 2)         # neighbours are often of the same picture
     pairs = {"paraphrase": maps_of((picture(i), [ids]) for i, ids in zip(chosen, again)),
              "another question": maps_of((picture(j), [asked.prompts[j]]) for j in other),
-             "another scene": maps_of((picture(j), [asked.prompts[i]]) for i, j in zip(chosen, np.roll(chosen, 1)))}
+             "another scene": maps_of((picture(j), [asked.prompts[i]]) for i, j in zip(chosen, far))}
     where = asked.picture[chosen]
     found = {name: {k: mean_row(where, v, resamples, 1) for k, v in distances(own, maps).items()}
              for name, maps in pairs.items()}
