@@ -2831,6 +2831,455 @@ def test_heads_that_look_for_cars_are_said_to():
     assert evaluate.specialisation(look_of()) == dict(categories=[])
 
 
+# ---- evaluation: asking the model ----
+
+def save_untrained(cfg, meta, name="best.pt", known=None, **state):
+    """A checkpoint with seeded random weights in cfg.out_dir; known: its words."""
+    torch.manual_seed(cfg.seed)
+    known = known or commands.vocabulary()
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+    train.save_checkpoint(Path(cfg.out_dir) / name, dict(
+        dict(format=train.FORMAT, model=VLM(cfg, len(Tokenizer(known))).state_dict(), config=vars(cfg), words=known,
+             step=0, mean=meta["mean"], std=meta["std"], data_hash=meta["hash"]), **state))
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def subject(drawn, tmp_path_factory):
+    """An untrained model of the drawn data, ready to be asked."""
+    return evaluate.Subject(save_untrained(small_run(drawn, tmp_path_factory.mktemp("subject"), bootstrap=100,
+                                                     eval_batch=7), drawn.meta))
+
+
+@pytest.fixture(scope="module")
+def tested(subject, drawn):
+    return evaluate.Questions(subject, drawn.meta, "test")
+
+
+def asked_of(scenes, *entries, cfg=DEFAULTS):
+    """Questions by hand: scenes {picture: labels}; entries (picture, template, first, second, paraphrase)."""
+    asked = evaluate.Questions.__new__(evaluate.Questions)
+    asked.frames = {p: dict(name=f"{p}.png", labels=list(labels), attributes={}, complexity=0)
+                    for p, labels in scenes.items()}
+    asked.views = {p: View(frame, cfg) for p, frame in asked.frames.items()}
+    asked.questions = [Question(*(*entry[1:], "", "")[:3]) for entry in entries]
+    asked.items = [commands.make_item(entry[0], q, asked.views[entry[0]], random.Random(0), (*entry, *[0] * 4)[4] or 0)
+                   for entry, q in zip(entries, asked.questions)]
+    asked.prompts = [Tokenizer(commands.vocabulary()).prompt(item["command"]) for item in asked.items]
+    asked.picture, asked.rows = np.array([entry[0] for entry in entries]), np.arange(len(entries))
+    asked.truth = np.array([item["answer"] for item in asked.items])
+    asked.data = SimpleNamespace(images={p: p for p in scenes}, index=np.stack([asked.picture] * 4, 1), name="test")
+    return asked
+
+
+def answering(rule):
+    """A subject whose log-odds are rule(picture, command): the command without its question mark."""
+    said = Tokenizer(commands.vocabulary())
+
+    def ask_of(jobs):
+        for picture, prompts in jobs:
+            yield np.array([rule(picture, said.decode(ids)[:-2]) for ids in prompts], float)
+    return stub(ask=ask_of, cfg=changed(DEFAULTS, bootstrap=50, workers=1))
+
+
+def test_questions_are_those_of_the_set_and_are_asked_as_in_training(subject, tested, drawn):
+    data = train.Data(drawn.cfg, drawn.meta, "test")
+    rows, odds = train.predict(subject.model, data, subject.cfg, subject.device, torch.float32)
+    assert np.array_equal(tested.rows, rows) and np.allclose(tested.odds(subject), odds, atol=1e-4)
+    for row, item, prompt, truth, q in zip(tested.rows, tested.items, tested.prompts, tested.truth, tested.questions):
+        assert item == drawn.items["test"][row] and truth == item["answer"] and q == question_of(item)
+        assert prompt == data.tokenizer.prompt(item["command"])
+        assert tested.frames[item["picture"]] == drawn.frames[item["picture"]]
+    few = evaluate.Questions(subject, drawn.meta, "test", 100)
+    assert 60 < len(few.rows) < 140 and set(few.rows) < set(tested.rows)
+    assert all((tested.picture == p).sum() == (few.picture == p).sum() for p in few.picture), "whole pictures"
+    said = evaluate.Questions(subject, drawn.meta, "test", verdicts=False)
+    assert [i for i in drawn.items["test"] if i["answer"] is None] == said.items
+    assert np.array_equal(tested.sample(10 ** 6, 0), np.arange(len(rows)))
+    assert len(set(tested.sample(50, 0))) == 50 and not np.array_equal(tested.sample(50, 0), tested.sample(50, 1))
+
+
+@torch.no_grad()
+def test_maps_and_generated_texts_are_those_of_each_prompt_alone(subject, tested):
+    chosen = np.arange(0, 60, 3)
+    maps = list(subject.look(tested.jobs(chosen)))
+    said = evaluate.generate(subject, tested.jobs(chosen))
+    assert len(maps) == len(said) == len(chosen)
+    for i, cross, (verdict, text) in list(zip(chosen, maps, said))[::4]:
+        images = subject.images(tested.data.images[tested.picture[i]][None])
+        prompt = torch.tensor([[tested.prompts[i]]])
+        _, attn = subject.model(images, prompt, return_attn=True)
+        assert cross.shape == (1, 2, prompt.shape[-1], 64)
+        close(torch.from_numpy(cross), attn["cross"][:, 0])
+        ids = subject.model.generate(images, prompt, 32)[0][0, 0].tolist()
+        assert verdict is {tokenizer.YES: True, tokenizer.NO: False}.get(ids[0])
+        assert text == subject.tokenizer.decode(ids if verdict is None else ids[1:])
+
+
+def test_generated_answers_are_split_from_their_reasons(subject):
+    """A model that says [NO], [YES] or neither."""
+    said = {0: [tokenizer.NO, 30, 31, tokenizer.EOS], 1: [tokenizer.YES, 32, tokenizer.EOS, 0],
+            2: [33, tokenizer.YES, tokenizer.EOS, 0]}
+    model = SimpleNamespace(generate=lambda images, tokens, room: (torch.tensor(
+        [[said[int(n)] for n in own] for own in (tokens != 0).sum(-1) - 1]), None))
+    spoken = SimpleNamespace(**{**vars(subject), "model": model, "images": subject.images})
+    image, word = np.zeros((SIZE, SIZE, 3), np.uint8), subject.tokenizer.words
+    found = evaluate.generate(spoken, [(image, [[9], [9, 9]]), (image, [[9, 9, 9], [9]])])
+    assert found == [(False, f"{word[30]} {word[31]}"), (True, word[32]), (None, f"{word[33]} [YES]"),
+                     (False, f"{word[30]} {word[31]}")]
+
+
+# ---- evaluation: accuracy and failures ----
+
+def test_classification_by_hand():
+    truth, said = np.array([1, 1, 1, 0, 0, 0, 0, 0]) == 1, np.array([1, 1, 0, 1, 0, 0, 0, 0]) == 1
+    found = evaluate.classification(truth, said)
+    assert found["confusion"] == dict(yes_said_yes=2, yes_said_no=1, no_said_yes=1, no_said_no=4)
+    assert found["accuracy"] == 75
+    assert found["yes"] == dict(precision=pytest.approx(200 / 3), recall=pytest.approx(200 / 3),
+                                f1=pytest.approx(200 / 3))
+    assert found["no"] == dict(precision=80, recall=80, f1=80)
+    assert found["macro_f1"] == pytest.approx((80 + 200 / 3) / 2)
+    always = evaluate.classification(truth, truth | True)
+    assert always["no"] == dict(precision=0, recall=0, f1=0) and always["yes"]["recall"] == 100
+
+
+def test_breakdowns_sum_to_all_questions(tested):
+    odds = np.random.default_rng(0).normal(size=len(tested.rows))
+    found, n = evaluate.broken_down(tested, odds, 20), len(tested.rows)
+    assert tuple(found["family"]) == evaluate.FAMILIES
+    for name, groups in found.items():
+        total = sum(len(q.objects) for q in tested.questions) if name == "object" else n
+        assert sum(row["n"] for row in groups.values()) == total, name
+    first = {name: [g for g in groups if re.match(r"\d", g)] for name, groups in found.items()}
+    assert first["words"] == sorted(first["words"], key=lambda g: int(g.split()[0])) and len(first["words"]) >= 3
+
+    def check(name, group, member):
+        mine = np.array([bool(member(i)) for i in range(n)])
+        assert 0 < mine.sum() == found[name][group]["n"] and found[name][group]["value"] == pytest.approx(
+            100 * train.balanced_accuracy(tested.truth[mine], odds[mine])), (name, group)
+    at = lambda i: tested.frames[tested.picture[i]]                                                 # noqa: E731
+    command = lambda i: tested.items[i]["command"]                                                  # noqa: E731
+    check("words", "5 to 6", lambda i: len(tokenizer.split_words(command(i))) in (5, 6))
+    check("object", "bus", lambda i: re.search(r"\bbus\b", command(i)))
+    check("place", "left", lambda i: re.search(r"\bleft\b", command(i)))
+    check("template", "light", lambda i: tested.items[i]["template"] == "light")
+    check("level", "complex", lambda i: tested.items[i]["level"] == "complex")
+    check("objects seen in the scene", "3 to 4", lambda i: at(i)["complexity"] in (3, 4))
+    check("scene", "highway", lambda i: at(i)["attributes"]["scene"] == "highway")
+    check("objects of the asked kind", "none asked", lambda i: tested.items[i]["template"] in (
+        "straight", "stop", "turn", "change", "clear"))
+    check("objects of the asked kind", "1 to 1", lambda i: tested.questions[i].objects and sum(
+        lab["category"] in tested.questions[i].objects for lab in at(i)["labels"]) == 1)
+
+
+@pytest.mark.parametrize("question, labels, found", [
+    (("exists", "car"), [CAR_LEFT], []), (("exists_at", "car", "left"), [], ["exists car"]),
+    (("near", "bus"), [BUS_AHEAD], ["exists bus"]), (("light", "red"), [lamp("red")], ["exists traffic light"]),
+    (("and", "car", "bus"), [CAR_LEFT], ["exists car", "exists bus"]),
+    (("and_no", "car", "red light"), [lamp("green")], ["exists car", "light red"]),
+    (("or", "car", "bus"), [box("car", width=5)], ["exists bus"]),           # a car that is uncertain is no part
+    (("change", "left"), [], ["clear left"]), (("straight",), [], ["clear ahead", "light red", "light yellow",
+                                                                   "light green"]),
+    (("turn", "right"), [lamp("red"), lamp("green")], ["clear ahead", "clear right"]),
+    (("clear", "left"), [], [f"exists_at {c} left" for c in commands.ROAD_USERS])])
+def test_a_question_is_made_of_simpler_certain_ones(question, labels, found):
+    whole = Question(*(*question, "", "")[:3])
+    assert [" ".join(filter(None, q)) for q in evaluate.parts(whole, view_of(*labels))] == found
+
+
+def test_the_parts_of_a_pair_decide_it(drawn):
+    for view in drawn.views[:20]:
+        for question in QUESTIONS:
+            pieces = evaluate.parts(question, view)
+            assert all(p.truth(view) != MAYBE and question not in pieces for p in pieces)
+            if question.template in ("and", "or", "and_no") and len(pieces) == 2:
+                a, b = (p.truth(view) for p in pieces)
+                together = {"and": min(a, b), "or": max(a, b), "and_no": min(a, 2 - b)}
+                assert question.truth(view) == together[question.template]
+
+
+def test_every_wrong_answer_gets_its_kind():
+    """Ten planted cases; a picture each. Parts are asked "is there a bus in the scene"."""
+    sees = {0: False, 4: False}                            # what is said to parts, where it is not right
+
+    def rule(picture, command):
+        part, canonical = command.endswith("in the scene"), bool(re.match(
+            "is there an? (city )?bus (ahead|in front|straight ahead|in the middle|directly in front of us)$", command))
+        if picture in (4, 5, 6, 7):                        # simple questions, which have no parts
+            canonical = part
+            return {4: -9, 5: 2 if not canonical else -2, 6: 2 if "picture" in command else -2, 7: 9}[picture]
+        if part and " and " not in command:
+            return 3 if sees.get(picture, True) else -3
+        return {0: -3, 1: 3 if canonical else -3, 2: -3, 3: -3 if canonical else 3}[picture]
+    scenes = dict.fromkeys(range(9), [BUS_AHEAD, CAR_LEFT])
+    entries = [(0, "exists_at", "bus", "ahead"), (1, "exists_at", "bus", "ahead"), (2, "and", "car", "bus"),
+               (3, "exists_at", "bus", "ahead"), (4, "exists", "bus"), (5, "exists", "bus"), (6, "exists", "bus"),
+               (7, "exists", "truck"), (8, "exists", "bus")]
+    asked = asked_of(scenes, *entries)
+    odds = np.array([-3, -3, -0.5, -3, -9, -3, -3, 9, 5.0])                  # the last is right
+    records, counts = evaluate.failures(answering(rule), asked, odds)
+    assert [r["item"] for r in records] == list(range(8))
+    assert [r["type"] for r in records] == ["vision", "language", "reasoning", "language", "vision", "language",
+                                            "vision", "vision"]
+    assert [r["missed_parts"] for r in records] == [["exists bus"]] + [[]] * 7
+    assert [r["error"] for r in records] == ["false negative"] * 7 + ["false positive"]
+    assert [r["low_confidence"] for r in records] == [k == 2 for k in range(8)]
+    assert [r["suspected_label_error"] for r in records] == [k in (0, 4, 7) for k in range(8)]
+    assert records[0]["p_yes"] == round(1 / (1 + math.exp(3)), 4) and records[3]["frame"] == "3.png"
+    forms = len(commands.TEMPLATES["exists_at"].paraphrases)
+    assert [records[k]["paraphrases_right"] for k in (0, 1, 3)] == [0, 1, forms - 1]
+    assert records[1]["paraphrases"] == forms and records[1]["truth"] == "YES"
+    assert counts["type"] == dict(vision=4, language=3, reasoning=1)
+    assert counts["error"] == {"false negative": 7, "false positive": 1}
+    assert counts["type_by_family"] == dict(detection=counts["type"], state={}, safety={}, navigation={})
+
+
+def test_which_kind_is_taken_for_which():
+    truck, bus = box("truck", centre=20), box("bus", centre=108)
+    scenes = {0: [truck], 1: [truck], 2: [truck, bus], 3: [bus], 4: [], 5: [CAR_LEFT], 6: [box("truck", width=5)]}
+    entries = [(p, "exists", "car") for p in range(7)] + [(2, "exists_at", "car", "right")]
+    odds = np.array([1, 1, -1, -1, -1, 9, 9, 9])
+    found = evaluate.confusions(asked_of(scenes, *entries), odds, least=3)
+    table = {(c["asked"], c["present"]): c for c in found}
+    # Trucks: 0, 1 and 2 show one; 3, 4 and the right of 2 do not; 5 has a car, and 6 is undecided.
+    assert table["car", "truck"] == dict(asked="car", present="truck", n=3, said_yes=pytest.approx(200 / 3),
+                                         elsewhere=pytest.approx(100 / 3), times=pytest.approx((203 / 3) / (103 / 3)))
+    assert table["car", "bus"]["n"] == 3 and table["car", "bus"]["said_yes"] == pytest.approx(100 / 3)
+    assert found[0] == table["car", "truck"] and len(found) == 2
+    assert evaluate.confusions(asked_of(scenes, *entries), odds) == []
+
+
+def test_which_commands_are_mixed_up():
+    scenes = {0: [CAR_LEFT], 1: [CAR_LEFT]}
+    entries = [(0, "exists", "car"), (0, "exists", "bus"), (0, "near", "car"), (1, "exists", "car"), (1, "near", "car")]
+    found = evaluate.command_pairs(asked_of(scenes, *entries), np.array([1, 1, -1, 1, 1]))
+    assert found["templates"] == ["exists", "near"]
+    assert found["n"] == [[2, 2], [2, 0]]                  # car and bus both ways; car and near car in both pictures
+    assert np.allclose(found["same"], [[100, 50], [50, 0]])
+    wrong = np.array([1 / 3, 1 / 2])
+    assert np.allclose(found["expected"], 100 * (wrong[:, None] * (1 - wrong) + (1 - wrong[:, None]) * wrong))
+
+
+def test_a_model_without_pictures_scores_50_unless_the_questions_give_answers_away(subject, tested, drawn, monkeypatch):
+    odds = evaluate.blind_model(subject, drawn.meta, 40, 64)(tested.prompts)
+    assert len(odds) == len(tested.rows) and 40 < 100 * train.balanced_accuracy(tested.truth, odds) < 60
+
+    class Leaky(train.Data):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.index[:, 3] = np.where(self.index[:, 3] < 0, -1, self.tokens[:, 1] == self.tokenizer.ids["is"])
+    monkeypatch.setattr(evaluate, "Data", Leaky)
+    odds = evaluate.blind_model(subject, drawn.meta, 40, 64)(tested.prompts)
+    first = np.array([prompt[1] == subject.tokenizer.ids["is"] for prompt in tested.prompts])
+    assert train.balanced_accuracy(first, odds) > 0.9
+
+
+# ---- evaluation: twins and reasons ----
+
+def test_a_twin_is_drawn_from_its_scene_and_edit(drawn):
+    frame = next(f for f in drawn.frames if f["split"] == "test" and len(f["labels"]) > 2)
+    name, none = Path(frame["name"]).stem, dict(remove=[], add=[])
+    assert np.array_equal(evaluate._draw_twin((name, none, drawn.cfg)), drawn.images[frame["index"]])
+    edited = evaluate._draw_twin((name, dict(remove=[0], add=[]), drawn.cfg))
+    assert 10 < (edited != drawn.images[frame["index"]]).any(-1).sum() < SIZE * SIZE / 2
+
+
+def test_twins_tell_who_looks_from_who_does_not(drawn, tested, monkeypatch):
+    """Instead of a drawn picture, the edited scene itself: one answers by its truth, one says YES, one always flips."""
+    question_by = {tuple(ids): q for ids, q in zip(tested.prompts, tested.questions)}
+    cfg = changed(drawn.cfg, bootstrap=50)
+    monkeypatch.setattr(evaluate, "_draw_twin", lambda job: View(prepare.scene_frame(prepare.apply_edit(
+        prepare.sample_scene(job[0], job[2]), job[1]), job[2]), job[2]))
+
+    def by(rule):
+        def ask_of(jobs):
+            for view, prompts in jobs:
+                yield np.array([rule(question_by[tuple(ids)].truth(view)) for ids in prompts])
+        return stub(ask=ask_of, cfg=cfg)
+    right = np.where(tested.truth, 1.0, -1.0)
+    found = evaluate.twins(by(lambda truth: truth - 1.0), tested, right)
+    edits = [json.loads(x) for x in Path(drawn.cfg.data_dir, "twins.jsonl").read_text(encoding="utf-8").splitlines()]
+    flips, neutral = (sum(e[kind] is not None for e in edits) for kind in ("flip", "neutral"))
+    assert (found["questions"], found["questions_with_flip"]) == (len(tested.rows), flips)
+    assert (found["both_right"]["n"], found["indecision"]["n"]) == (flips, neutral)
+    names = ("both_right", "stubbornness", "indecision", "neutral_unchanged")
+    value = lambda found: [found[k]["value"] for k in names]                                        # noqa: E731
+    assert value(found) == [100, 0, 0, 100]
+    for by_what, key in (("family", lambda e: drawn.items["test"][e["item"]]["family"]),
+                         ("edit", lambda e: e["flip"]["kind"])):
+        counted = Counter(key(e) for e in edits if e["flip"])
+        assert {k: row["n"] for k, row in found[f"both_right_by_{by_what}"].items()} == counted
+        assert all(row["value"] == 100 for row in found[f"both_right_by_{by_what}"].values())
+    assert value(evaluate.twins(by(lambda truth: 1.0), tested, np.ones(len(right)))) == [0, 100, 0, 100]
+    assert value(evaluate.twins(by(lambda truth: 1.0 - truth), tested, -right)) == [0, 0, 0, 100], "wrong, yet it looks"
+    assert value(evaluate.twins(by(lambda truth: 1.0 - truth), tested, right)) == [0, 100, 100, 0]
+    half = np.where(tested.rows % 2, right, -right)        # it sees the twins only: half of the pairs
+    assert 35 < evaluate.twins(by(lambda truth: truth - 1.0), tested, half)["both_right"]["value"] < 65
+
+
+def test_reasons_are_compared_and_checked(subject, tested, drawn, monkeypatch):
+    def say(said):
+        monkeypatch.setattr(evaluate, "generate", lambda subject, jobs: said)
+        found = evaluate.reasons(subject, tested, 300)
+        return {k: row["value"] for k, row in found.items()}
+    chosen = tested.sample(300, 1)
+    own = [(bool(tested.truth[i]), tested.items[i]["reason"]) for i in chosen]
+    written = say(own)
+    assert {k: round(v, 9) for k, v in written.items() if v is not None} == dict(
+        exact=100, bleu4=100, rouge_l=100 * 1, true=100, false=0, not_in_grammar=0, valid_answers=100,
+        true_when_answer_right=100, shortcut_rate=0)
+    assert written["true_when_answer_wrong"] is None
+    others = [reason for _, reason in own[150:] + own[:150]]               # of other scenes
+    other = say([(truth, reason) for (truth, _), reason in zip(own, others)])
+    assert other["true"] < 60 and other["exact"] < 20 and other["bleu4"] < 60 and other["shortcut_rate"] > 30
+    truths = [check_reason(reason, tested.views[tested.picture[i]]) for i, reason in zip(chosen, others)]
+    assert other["true"] == pytest.approx(100 * np.mean([t == YES for t in truths]))
+    assert other["false"] == pytest.approx(100 * np.mean([t == NO for t in truths])) == other["shortcut_rate"]
+    foreign = say([(not t if k % 2 else None, "a dog is here") for k, (t, _) in enumerate(own)])
+    assert (foreign["not_in_grammar"], foreign["true"], foreign["false"], foreign["valid_answers"]) == (100, 0, 0, 50)
+    assert foreign["shortcut_rate"] is None and foreign["true_when_answer_wrong"] == 0
+    wrong = say([(t if k % 4 else not t, r if k % 4 else "a dog is here") for k, (t, r) in enumerate(own)])
+    assert (wrong["true"], wrong["true_when_answer_right"], wrong["true_when_answer_wrong"]) == (75, 100, 0)
+
+
+def test_descriptions_have_no_verdict_to_be_right_about(subject, drawn, monkeypatch):
+    described = evaluate.Questions(subject, drawn.meta, "test", verdicts=False)
+    chosen = described.sample(50, 1)
+    monkeypatch.setattr(evaluate, "generate", lambda subject, jobs: [
+        (None if k % 2 else True, described.items[i]["reason"]) for k, i in enumerate(chosen)])
+    found = evaluate.reasons(subject, described, 50)
+    assert set(found) == {"exact", "bleu4", "rouge_l", "true", "false", "not_in_grammar"}
+    assert found["exact"]["value"] == found["true"]["value"] == 100
+
+
+# ---- evaluation: attention of words and answers ----
+
+def looking(rule, cfg=DEFAULTS, **parts):
+    """A subject whose maps (1, 1, T, 64) are rule(picture, prompt)."""
+    def look_at(jobs, model=None):
+        for picture, prompts in jobs:
+            for ids in prompts:
+                yield np.asarray(rule(picture, ids), np.float32).reshape(1, 1, len(ids), -1)
+    return stub(look=look_at, cfg=changed(cfg, bootstrap=50), **parts)
+
+
+def test_a_word_is_judged_by_its_kind_and_an_answer_by_what_makes_it_yes():
+    right, far, small = box("car", centre=104, bottom=80), box("bus", centre=64, bottom=70), box("car", 64, width=5)
+    scenes = {0: [CAR_LEFT, right, small, BUS_AHEAD, far, lamp("red")]}
+    asked = asked_of(scenes, (0, "exists_at", "car", "left", 4), (0, "exists_at", "car", "ahead", 0)[:4],
+                     (0, "near", "bus"), (0, "and_no", "car", "truck"), (0, "and", "car", "bus"),
+                     (0, "exists", "truck"), (0, "light", "red"), (0, "stop"), (0, "or", "truck", "bus"))
+    asked.items[1:2], asked.truth[1] = [dict(asked.items[1], answer=False)], False
+    subject = looking(lambda picture, ids: np.tile(np.arange(float(len(ids)))[:, None], (1, 64)))
+    answers, answer, word = evaluate.looks(subject, asked, np.arange(9))
+    covered = lambda *labels: evaluate.cover(labels, 128, 8)                                        # noqa: E731
+    assert answers.shape == (9, 1, 1, 64) and answers[:, 0, 0, 0].tolist() == [len(p) - 1 for p in asked.prompts]
+    spoken = Tokenizer(commands.vocabulary()).words
+    cars, buses = covered(CAR_LEFT, right), covered(BUS_AHEAD, far)
+    wished = [(0, "car", cars), (1, "car", cars), (2, "bus", buses), (3, "car", cars), (4, "car", cars),
+              (4, "bus", buses), (6, "traffic light", covered(lamp("red"))), (8, "bus", buses)]
+    assert list(zip(word.question.tolist(), word.category.tolist())) == [w[:2] for w in wished]
+    for (i, category, cover), maps, found in zip(wished, word.maps, word.cover):
+        assert np.array_equal(found, cover), (i, category)
+        assert spoken[asked.prompts[i][int(maps[0, 0, 0])]] in evaluate.NAMED[category]
+    wished = [(0, covered(CAR_LEFT)), (2, covered(BUS_AHEAD)), (3, cars), (4, covered(CAR_LEFT, right, BUS_AHEAD, far)),
+              (6, covered(lamp("red"))), (8, buses)]
+    assert answer.question.tolist() == [i for i, _ in wished]
+    for (i, cover), maps, found in zip(wished, answer.maps, answer.cover):
+        assert np.array_equal(found, cover) and maps[0, 0, 0] == len(asked.prompts[i]) - 1, i
+    _, answer, word = evaluate.looks(subject, asked, [5, 7])
+    assert evaluate.grounding(answer, asked.picture, answer, answer, 20, 8) == dict(n=0) == evaluate.grounding(
+        word, asked.picture, word, word, 20, 8), "what is not there cannot be looked at"
+
+
+def test_every_object_named_in_a_question_has_its_word_found(tested):
+    for question in QUESTIONS:
+        for paraphrase in range(len(commands.TEMPLATES[question.template].paraphrases)):
+            for command in wordings(question, paraphrase, 3):
+                for category in question.objects:
+                    said = [w for w in command.split() if w in evaluate.NAMED[category]]
+                    assert len(said) == 1, (command, category)
+
+
+def test_untrained_weights_look_nowhere_in_particular(subject, tested, drawn):
+    """Five random models: pointing within sampling error of chance, enrichment about 1, on all that is asked."""
+    chosen, found = tested.sample(120, 0), []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = VLM(changed(subject.cfg, vision_positions="sincos"), len(subject.tokenizer)).eval()
+        _, answer, word = evaluate.looks(subject, tested, chosen, model)
+        for look in (answer, word):
+            score = evaluate.grounding(look, tested.picture, look, look, 20, 8)["scores"]
+            found.append([score[name][k]["value"] for name in ("model", "chance (any patch)")
+                          for k in ("pointing", "enrichment", "mass_in_box")])
+    model, chance = np.split(np.mean(found, 0), 2)
+    error = np.std(np.array(found)[:, 0], ddof=1) / math.sqrt(len(found))
+    assert abs(model[0] - chance[0]) < 2.5 * error + 1 and error < 4
+    assert 0.9 < model[1] < 1.1 and chance[1] == pytest.approx(1) and abs(model[2] - chance[2]) < 1
+
+
+def test_maps_that_know_the_picture_only_or_the_question_only(drawn, tested, monkeypatch):
+    """A map made from the picture is deaf to the command; one made from the question is the same for all pictures."""
+    def softened(seed):
+        return np.random.default_rng(seed).dirichlet(np.ones(64))
+    spoken, chosen = Tokenizer(commands.vocabulary()), tested.sample(40, 4)
+    monkeypatch.setattr(Question, "words", lambda self, rng, paraphrase=None: " ".join(filter(None, self)))
+    canonical = SimpleNamespace(**vars(tested))
+    canonical.prompts = [spoken.prompt(" ".join(filter(None, q))) for q in tested.questions]
+    canonical.jobs, canonical.sample = (lambda some: evaluate.Questions.jobs(canonical, some)), tested.sample
+    seeds = dict(picture=lambda picture, ids: int(picture.sum()), question=lambda picture, ids: ids)
+    found = {name: evaluate.stability(looking(lambda *job: np.tile(softened(seed(*job)), (len(job[1]), 1)), drawn.cfg,
+                                              tokenizer=spoken), canonical, 40) for name, seed in seeds.items()}
+    for kind in ("paraphrase", "another question", "another scene", "similar scene"):
+        for name, same in (("picture", kind in ("paraphrase", "another question")),
+                           ("question", kind != "another question")):
+            entry = {k: row["value"] for k, row in found[name][kind].items()}
+            if same:
+                assert entry == dict(cosine=pytest.approx(1), l2=pytest.approx(0, abs=1e-6),
+                                     js=pytest.approx(0, abs=1e-6)), (name, kind)
+            else:
+                assert entry["cosine"] < 0.7 and entry["l2"] > 0.1 and entry["js"] > 0.1, (name, kind)
+    assert found["picture"]["similar scene"]["l2"]["n"] > 20 and len(chosen) == 40
+
+
+def test_command_sensitivity_is_the_ratio_of_two_distances(subject, tested, drawn):
+    found = evaluate.stability(subject, tested, 24)
+    for k in ("l2", "js"):
+        assert found["command sensitivity"][k]["value"] == pytest.approx(
+            found["another question"][k]["value"] / found["paraphrase"][k]["value"])
+    val = evaluate.Questions(subject, drawn.meta, "val")
+    assert "similar scene" not in evaluate.stability(subject, val, 8), "twins are of the test split"
+
+
+def test_what_is_lost_without_each_head(subject, drawn):
+    few, model = evaluate.Questions(subject, drawn.meta, "test", 80), subject.model
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        with torch.no_grad():
+            model.decoder.blocks[0].cross.out.weight[:, :16] = 0
+            model.decoder.blocks[0].attn.out.weight[:, 16:] *= 30
+        usual = np.median(few.odds(subject))                 # else an untrained model says YES to all
+        fair = SimpleNamespace(model=model, cfg=subject.cfg, ask=lambda jobs: (o - usual for o in subject.ask(jobs)))
+        found = evaluate.head_ablation(fair, few)
+        assert [(e["kind"], e["layer"], e["head"]) for e in found] == [
+            ("vision", 0, 0), ("self", 0, 0), ("self", 0, 1), ("cross", 0, 0), ("cross", 0, 1)]
+        dead, strong = found[3], found[2]
+        assert dead["drop"]["value"] == dead["share"] == 0 and dead["p_holm"] == 1 and strong["share"] > 0.9
+        assert found[0]["share"] == 1 and found[1]["share"] + found[2]["share"] == pytest.approx(1)
+        whole, p = few.odds(fair), []
+        for entry in found:
+            module = evaluate.attentions(model)[entry["kind"]][0]
+            with evaluate.without_head(module, entry["head"]):
+                without = few.odds(fair)
+            p.append(evaluate.mcnemar((whole > 0) == few.truth, (without > 0) == few.truth)[2])
+            assert entry["drop"]["value"] == pytest.approx(100 * (train.balanced_accuracy(
+                few.truth, whole) - train.balanced_accuracy(few.truth, without)))
+        assert [e["p_holm"] for e in found] == evaluate.holm(p) and strong["drop"]["value"] != 0
+    finally:
+        model.load_state_dict(kept)
+
+
 # ---- answering ----
 
 @pytest.fixture(scope="module")
