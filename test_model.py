@@ -3280,6 +3280,199 @@ def test_what_is_lost_without_each_head(subject, drawn):
         model.load_state_dict(kept)
 
 
+# ---- evaluation: the whole page ----
+
+def data_copy(drawn, folder, change):
+    """A copy of the drawn data with the commands change(name, [(row, item)]) of each set; twins follow their items."""
+    shutil.copytree(drawn.cfg.data_dir, folder)
+    edits = [json.loads(x) for x in (folder / "twins.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in SETS:
+        kept = change(name, list(enumerate(drawn.items[name])))
+        prepare._write_items(folder, name, [item for _, item in kept], Tokenizer(commands.vocabulary()), drawn.cfg)
+        if name == "test":
+            place = {row: k for k, (row, _) in enumerate(kept)}
+            (folder / "twins.jsonl").write_text("".join(
+                json.dumps(dict(e, item=place[e["item"]])) + "\n" for e in edits if e["item"] in place))
+    return changed(drawn.cfg, data_dir=str(folder))
+
+
+def first_pictures(kept, count):
+    """The commands of the first pictures."""
+    pictures = list(dict.fromkeys(item["picture"] for _, item in kept))[:count]
+    return [(row, item) for row, item in kept if item["picture"] in pictures]
+
+
+FEW = dict(sample_items=40, probe_items=8, head_items=40, stored_maps=3, bootstrap=50)
+
+
+def shortly(cfg):
+    """evaluate.evaluate(cfg) with a short training of the model without pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.blind_model, "__defaults__", (5, 32))
+        return evaluate.evaluate(cfg)
+
+
+@pytest.fixture(scope="module")
+def evaluated(drawn, tmp_path_factory):
+    """(cfg, page): an untrained model, evaluated on the first test pictures and compared with itself."""
+    root = tmp_path_factory.mktemp("page")
+    cfg = data_copy(drawn, root / "data", lambda name, kept: kept if name == "train" else first_pictures(kept, 12))
+    cfg = save_untrained(small_run(SimpleNamespace(cfg=cfg), root / "out", **FEW), drawn.meta)
+    return cfg, shortly(changed(cfg, against=str(root / "out" / "best.pt")))
+
+
+def test_the_page_is_what_is_written(evaluated):
+    cfg, page = evaluated
+    text = (Path(cfg.out_dir) / "eval.json").read_text(encoding="utf-8")
+    assert json.loads(text) == page and "NaN" not in text and "Infinity" not in text
+    questions = [i for i in prepare.read_items(cfg.data_dir, "test") if i["answer"] is not None]
+    assert page["overall"]["n"] == len(questions) == sum(row["n"] for row in page["by"]["family"].values()) > 100
+    assert 40 <= page["overall"]["value"] <= 60
+    assert set(page["controls"]) == {"blank picture", "another picture", "trained without pictures"}
+    assert all(row["n"] == len(questions) for row in page["controls"].values())
+    by_template = [row["n"] for rows in page["controls_by_template"].values() for row in rows.values()]
+    assert sum(by_template) == 3 * len(questions)
+    assert set(page["train_gap"]) == {"train", "val"} and 20 <= page["train_gap"]["train"]["n"] <= 60
+    assert set(page["held_out"]) == {"test_words", "test_words, drop", "test_combos", "test_combos, drop"}
+    assert page["held_out"]["test_words, drop"]["value"] == pytest.approx(
+        page["overall"]["value"] - page["held_out"]["test_words"]["value"], abs=2e-4)
+    assert page["ood"]["all"]["n"] == sum(row["n"] for row in page["ood"]["weather"].values()) > 0
+    assert page["twins"]["questions"] == len(questions) and page["reasons"]["exact"]["n"] == 40
+    assert "shortcut_rate" in page["reasons"] and "shortcut_rate" not in page["descriptions"]
+    assert page["calibration"]["raw"]["n"] == len(questions)
+    entropy = page["attention"]["entropy"]
+    assert 0.5 * entropy["maximum"] < entropy["mean"]["value"] <= entropy["maximum"] == round(math.log(64), 4)
+    assert [len(heads) for heads in entropy["by_head"]] == [2] and len(page["head_ablation"]) == 5
+    assert page["attention"]["grounding"]["word"]["scores"]["model"]["pointing"]["n"] > 0
+
+
+def test_the_vision_gain_is_over_the_best_control_or_50(evaluated):
+    _, page = evaluated
+    best = max([50] + [row["value"] for row in page["controls"].values()])
+    assert page["vision_gain"]["value"] == pytest.approx(page["overall"]["value"] - best, abs=2e-4)
+
+
+def test_failures_are_those_of_the_confusion_matrix(evaluated):
+    cfg, page = evaluated
+    text = (Path(cfg.out_dir) / "failures.jsonl").read_text(encoding="utf-8")
+    wrong, items = [json.loads(x) for x in text.splitlines()], prepare.read_items(cfg.data_dir, "test")
+    matrix, counts = page["classification"]["confusion"], page["failures"]["counts"]
+    assert sum(r["truth"] == "YES" for r in wrong) == matrix["yes_said_no"]
+    assert sum(r["truth"] == "NO" for r in wrong) == matrix["no_said_yes"]
+    assert sum(matrix.values()) == page["overall"]["n"] and len({r["item"] for r in wrong}) == len(wrong) > 30
+    assert page["classification"]["accuracy"] == pytest.approx(100 - 100 * len(wrong) / page["overall"]["n"], abs=1e-4)
+    for name in ("type", "error", "low_confidence", "suspected_label_error"):
+        assert counts[name] == Counter(str(r[name]) for r in wrong)
+    for r in wrong:
+        item = items[r["item"]]
+        assert (r["command"], r["reason"], r["truth"] == "YES") == (item["command"], item["reason"], item["answer"])
+        assert (r["p_yes"] <= 0.5) == item["answer"] or r["p_yes"] == 0.5
+
+
+def test_stored_maps_are_bounded_and_sum_to_one(evaluated):
+    cfg, page = evaluated
+    stored = np.load(Path(cfg.out_dir) / "attention.npz")
+    assert stored["answer_maps"].shape == (40, 64) and len(stored["items"]) == len(stored["odds"]) == 40
+    longest = max(len(Tokenizer(commands.vocabulary()).prompt(i["command"]))
+                  for k, i in enumerate(prepare.read_items(cfg.data_dir, "test")) if k in stored["full_items"])
+    assert stored["full"].shape == (3, 1, 2, longest, 64) and set(stored["full_items"]) <= set(stored["items"])
+    assert np.allclose(stored["answer_maps"].astype(float).sum(-1), 1, atol=5e-3)
+    assert np.allclose(stored["full"].astype(float).sum(-1)[:, :, :, 0], 1, atol=5e-3)
+
+
+def test_a_checkpoint_does_not_differ_from_itself(evaluated):
+    against = evaluated[1]["against"]
+    assert against["other"] == evaluated[1]["overall"]
+    assert (against["only_this_right"], against["only_other_right"], against["mcnemar_p"]) == (0, 0, 1)
+    assert {against["difference"][k] for k in ("value", "low", "high")} == {0}
+
+
+def test_a_fresh_process_writes_the_same_bytes(evaluated, tmp_path):
+    cfg, _ = evaluated
+    best = str(Path(cfg.out_dir) / "best.pt")
+    code = "import config, evaluate; evaluate.blind_model.__defaults__ = (5, 32); config.run(evaluate.evaluate, '')"
+    flags = dict(FEW, checkpoint=best, against=best, out_dir=tmp_path, data_dir=cfg.data_dir, device="cpu",
+                 dtype="float32", workers=1)
+    run = subprocess.run([sys.executable, "-c", code, *(f"--{k}={v}" for k, v in flags.items())], capture_output=True,
+                         text=True, cwd=Path(__file__).parent)
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    for name in ("eval.json", "failures.jsonl"):
+        assert (tmp_path / name).read_bytes() == (Path(cfg.out_dir) / name).read_bytes()
+    for said in ("vision gain", "twins:", "pointing, points ahead", "McNemar p 1", "wrong answers; the first"):
+        assert said in run.stdout
+
+
+@pytest.fixture(scope="module")
+def bare(drawn, tmp_path_factory):
+    """Settings of an untrained model. Its data: a few test questions, none on states, and no other set but train."""
+    root = tmp_path_factory.mktemp("bare")
+    cfg = data_copy(drawn, root / "data", lambda name, kept: [
+        (row, item) for row, item in first_pictures(kept, {"train": 40, "test": 3}.get(name, 0))
+        if item["family"] != "state"])
+    return save_untrained(small_run(SimpleNamespace(cfg=cfg), root / "out", **FEW), drawn.meta)
+
+
+def test_what_is_missing_has_a_row_without_a_value(bare, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = shortly(bare)
+    nothing = dict(n=0, value=None, low=None, high=None)
+    assert list(page["by"]["family"]) == list(evaluate.FAMILIES) and page["by"]["family"]["state"] == nothing
+    assert page["train_gap"]["val"] == page["held_out"]["test_words"] == page["ood"]["all"] == nothing
+    assert page["calibration"]["temperature"] == 1 and page["overall"]["n"] > 20
+    assert json.loads((Path(bare.out_dir) / "eval.json").read_text(encoding="utf-8")) == page
+    assert re.search(r"state +- +n=0", capsys.readouterr().out)
+
+
+def test_what_cannot_be_evaluated_is_one_line_that_helps(bare, drawn, tmp_path, capsys):
+    good = (Path(bare.out_dir) / "best.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(good[:len(good) // 2])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "file").write_text("")
+    here = changed(bare, out_dir=str(tmp_path))
+    save_untrained(here, drawn.meta, "words.pt", known=commands.vocabulary()[:-1])
+    save_untrained(changed(here, min_pixels=9.5), drawn.meta, "rules.pt")
+    best, at = str(Path(bare.out_dir) / "best.pt"), lambda name: str(tmp_path / name)
+    for change, says in [
+            (dict(checkpoint=at("words.pt")), "vocabulary is not that of the data.*train again.*--data_dir"),
+            (dict(checkpoint=at("rules.pt")), "min_pixels=10.0 there, 9.5 now.*python prepare.py"),
+            (dict(checkpoint=at("half.pt")), "half.pt.*damaged"),
+            (dict(checkpoint=at("text.pt")), "text.pt is not a checkpoint"),
+            (dict(checkpoint=at("absent.pt")), "no checkpoint.*python train.py"),
+            (dict(checkpoint=best, split="ood"), "ood split in .*data holds no questions"),
+            (dict(checkpoint=best, against=at("words.pt")), "words.pt has another vocabulary"),
+            (dict(checkpoint=best, against=at("half.pt")), "half.pt.*damaged"),
+            (dict(checkpoint=best, data_dir=at("nowhere")), "no data in .*python prepare.py"),
+            (dict(checkpoint=best, out_dir=at("file/out")), "cannot write to out_dir")]:
+        with pytest.raises(UserError, match=says) as error:
+            shortly(changed(here, **change))
+        assert "\n" not in str(error.value) and "controls by" not in capsys.readouterr().out
+        assert not (tmp_path / "eval.json").exists()
+
+
+def test_a_model_trained_with_shuffled_answers_scores_50(drawn, tmp_path):
+    """And the same short training learns what can be learned: answers that follow from the first word."""
+    def shuffled(name, kept):
+        asked = [(row, item) for row, item in kept if item["answer"] is not None]
+        answers = [item["answer"] for _, item in asked]
+        if name in ("train", "val"):
+            random.Random(name).shuffle(answers)
+        return [(row, dict(item, answer=answer)) for (row, item), answer in zip(asked, answers)]
+
+    def by_word(name, kept):
+        return [(row, dict(item, answer=item["command"].startswith("is"))) for row, item in shuffled(name, kept)]
+    found = {}
+    for change in (shuffled, by_word):
+        cfg = data_copy(drawn, tmp_path / change.__name__, change)
+        cfg = small_run(SimpleNamespace(cfg=cfg), tmp_path / f"{change.__name__}-out", max_steps=60, log_every=60,
+                        eval_every=60, batch_size=8, tag_weight=0.0)
+        train.train(cfg)
+        subject = evaluate.Subject(cfg)
+        asked = evaluate.Questions(subject, drawn.meta, "test")
+        found[change.__name__] = evaluate.accuracy_row(asked.truth, asked.odds(subject) > 0, asked.picture, 50)["value"]
+    assert 44 <= found["shuffled"] <= 56 and found["by_word"] > 80, found
+
+
 # ---- answering ----
 
 @pytest.fixture(scope="module")
