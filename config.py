@@ -225,6 +225,7 @@ def check(cfg):
     for name in positive:
         need(0 < getattr(cfg, name) < math.inf, f"{name} must be above 0 and finite, got {getattr(cfg, name)}")
     need(cfg.commands_stored >= 2, f"commands_stored must be at least 2, one YES and one NO, got {cfg.commands_stored}")
+    need(cfg.seed < 2 ** 63, f"seed must be below 2**63, got {cfg.seed}")
     need(cfg.freeze_vision_steps >= -1, f"freeze_vision_steps must be -1, 0 or more, got {cfg.freeze_vision_steps}")
     for name in ["max_bad_share", "dropout", "label_smoothing", "flip", "crop", "jitter", "beta1", "beta2"]:
         need(0 <= getattr(cfg, name) < 1 or (name == "flip" and cfg.flip == 1),
