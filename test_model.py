@@ -2976,7 +2976,7 @@ def test_breakdowns_sum_to_all_questions(tested):
     check("scene", "highway", lambda i: at(i)["attributes"]["scene"] == "highway")
     check("objects of the asked kind", "none asked", lambda i: tested.items[i]["template"] in (
         "straight", "stop", "turn", "change", "clear"))
-    check("objects of the asked kind", "1 to 1", lambda i: tested.questions[i].objects and sum(
+    check("objects of the asked kind", "1", lambda i: tested.questions[i].objects and sum(
         lab["category"] in tested.questions[i].objects for lab in at(i)["labels"]) == 1)
 
 
@@ -3309,7 +3309,7 @@ def first_pictures(kept, count):
     return [(row, item) for row, item in kept if item["picture"] in pictures]
 
 
-FEW = dict(sample_items=40, probe_items=8, head_items=40, stored_maps=3, bootstrap=50)
+FEW = dict(sample_items=80, probe_items=8, head_items=40, stored_maps=3, bootstrap=50)
 
 
 def shortly(cfg):
@@ -3339,10 +3339,13 @@ def test_the_page_is_what_is_written(evaluated):
     assert all(row["n"] == len(questions) for row in page["controls"].values())
     by_template = [row["n"] for rows in page["controls_by_template"].values() for row in rows.values()]
     assert sum(by_template) == 3 * len(questions)
-    assert set(page["train_gap"]) == {"train", "val"} and 20 <= page["train_gap"]["train"]["n"] <= 60
+    assert set(page["train_gap"]) == {"train", "val", "train minus test"} and 20 <= page["train_gap"]["train"]["n"] <= 60
     assert set(page["held_out"]) == {"test_words", "test_words, drop", "test_combos", "test_combos, drop"}
     assert page["held_out"]["test_words, drop"]["value"] == pytest.approx(
         page["overall"]["value"] - page["held_out"]["test_words"]["value"], abs=2e-4)
+    gap = page["train_gap"]
+    assert gap["train minus test"]["value"] == pytest.approx(gap["train"]["value"] - page["overall"]["value"], abs=2e-4)
+    assert gap["train minus test"]["low"] < gap["train minus test"]["value"] < gap["train minus test"]["high"]
     assert page["ood"]["all"]["n"] == sum(row["n"] for row in page["ood"]["weather"].values()) > 0
     assert page["twins"]["questions"] == len(questions) and page["reasons"]["exact"]["n"] == 40
     assert "shortcut_rate" in page["reasons"] and "shortcut_rate" not in page["descriptions"]
@@ -3379,9 +3382,12 @@ def test_failures_are_those_of_the_confusion_matrix(evaluated):
 def test_stored_maps_are_bounded_and_sum_to_one(evaluated):
     cfg, page = evaluated
     stored = np.load(Path(cfg.out_dir) / "attention.npz")
-    assert stored["answer_maps"].shape == (40, 64) and len(stored["items"]) == len(stored["odds"]) == 40
+    n, items = len(stored["items"]), prepare.read_items(cfg.data_dir, "test")
+    assert stored["answer_maps"].shape == (n, 64) and 60 <= n == len(stored["odds"]) <= 110
+    shown = {items[k]["picture"] for k in stored["items"]}
+    assert n == sum(i["picture"] in shown and i["answer"] is not None for i in items), "all questions of each picture"
     longest = max(len(Tokenizer(commands.vocabulary()).prompt(i["command"]))
-                  for k, i in enumerate(prepare.read_items(cfg.data_dir, "test")) if k in stored["full_items"])
+                  for k, i in enumerate(items) if k in stored["full_items"])
     assert stored["full"].shape == (3, 1, 2, longest, 64) and set(stored["full_items"]) <= set(stored["items"])
     assert np.allclose(stored["answer_maps"].astype(float).sum(-1), 1, atol=5e-3)
     assert np.allclose(stored["full"].astype(float).sum(-1)[:, :, :, 0], 1, atol=5e-3)
