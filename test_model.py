@@ -3323,7 +3323,7 @@ def shortly(cfg):
 def evaluated(drawn, tmp_path_factory):
     """(cfg, page): an untrained model, evaluated on the first test pictures and compared with itself."""
     root = tmp_path_factory.mktemp("page")
-    cfg = data_copy(drawn, root / "data", lambda name, kept: kept if name == "train" else first_pictures(kept, 12))
+    cfg = data_copy(drawn, root / "data", lambda name, kept: kept if name == "train" else first_pictures(kept, 6))
     cfg = save_untrained(small_run(SimpleNamespace(cfg=cfg), root / "out", **FEW), drawn.meta)
     return cfg, shortly(changed(cfg, against=str(root / "out" / "best.pt")))
 
@@ -3333,7 +3333,7 @@ def test_the_page_is_what_is_written(evaluated):
     text = (Path(cfg.out_dir) / "eval.json").read_text(encoding="utf-8")
     assert json.loads(text) == page and "NaN" not in text and "Infinity" not in text
     questions = [i for i in prepare.read_items(cfg.data_dir, "test") if i["answer"] is not None]
-    assert page["overall"]["n"] == len(questions) == sum(row["n"] for row in page["by"]["family"].values()) > 100
+    assert page["overall"]["n"] == len(questions) == sum(row["n"] for row in page["by"]["family"].values()) > 50
     assert 40 <= page["overall"]["value"] <= 60
     assert set(page["controls"]) == {"blank picture", "another picture", "trained without pictures"}
     assert all(row["n"] == len(questions) for row in page["controls"].values())
@@ -3369,7 +3369,7 @@ def test_failures_are_those_of_the_confusion_matrix(evaluated):
     matrix, counts = page["classification"]["confusion"], page["failures"]["counts"]
     assert sum(r["truth"] == "YES" for r in wrong) == matrix["yes_said_no"]
     assert sum(r["truth"] == "NO" for r in wrong) == matrix["no_said_yes"]
-    assert sum(matrix.values()) == page["overall"]["n"] and len({r["item"] for r in wrong}) == len(wrong) > 30
+    assert sum(matrix.values()) == page["overall"]["n"] and len({r["item"] for r in wrong}) == len(wrong) > 15
     assert page["classification"]["accuracy"] == pytest.approx(100 - 100 * len(wrong) / page["overall"]["n"], abs=1e-4)
     for name in ("type", "error", "low_confidence", "suspected_label_error"):
         assert counts[name] == Counter(str(r[name]) for r in wrong)
