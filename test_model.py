@@ -2422,6 +2422,13 @@ def test_rows_equal_resampling_picture_by_picture():
     row = evaluate.difference_row(truth, a, b, picture, 200)
     assert row["value"] == pytest.approx(own(b, every) - own(a, every))
     assert limits(row) == span_of(own(b, i) - own(a, i) for i in resampled(picture, 200))
+    other = rng.permutation(155)[:60]                      # another set of the same pictures, drawn with them
+    row = evaluate.drop_row((truth, a, picture), (truth[other], b[other], picture[other]), 200)
+    drops = []
+    for times in evaluate.resamples_of(31, 200).astype(int):
+        first, second = np.repeat(every, times[picture]), np.repeat(other, times[picture[other]])
+        drops.append(own(a, first) - own(b, second))
+    assert row["value"] == pytest.approx(own(a, every) - own(b, other)) and limits(row) == span_of(drops)
     values = rng.exponential(size=155)                     # 31 x 5 values: every resample has one in the middle
     row = evaluate.median_row(picture, values, 200)
     assert row["value"] == np.median(values) and limits(row) == span_of(
@@ -2900,6 +2907,9 @@ def test_questions_are_those_of_the_set_and_are_asked_as_in_training(subject, te
     few = evaluate.Questions(subject, drawn.meta, "test", 100)
     assert 60 < len(few.rows) < 140 and set(few.rows) < set(tested.rows)
     assert all((tested.picture == p).sum() == (few.picture == p).sum() for p in few.picture), "whole pictures"
+    some = tested.sample_pictures(100)
+    assert 60 < len(some) < 140 and set(np.flatnonzero(np.isin(tested.picture, tested.picture[some]))) == set(some)
+    assert np.array_equal(tested.sample_pictures(10 ** 6), np.arange(len(rows))) and (np.diff(some) > 0).all()
     said = evaluate.Questions(subject, drawn.meta, "test", verdicts=False)
     assert [i for i in drawn.items["test"] if i["answer"] is None] == said.items
     assert np.array_equal(tested.sample(10 ** 6, 0), np.arange(len(rows)))
