@@ -125,9 +125,12 @@ probe_items = 400             # questions asked again many times: with patches r
 head_items = 2000             # questions asked without each head in turn
 stored_maps = 64              # questions whose maps of all layers and heads are kept for figures
 
-# ---- answering: python visualize.py --image=street.jpg --command="is there a bus?" ----
+# ---- answering, and figures: python visualize.py --image=street.jpg --command="is there a bus?" ----
 image = ""                    # picture to answer about
 command = ""                  # command in words
+command2 = ""                 # another command about the same picture, to compare the two
+dpi = 300                     # dots an inch of the PNG figures; 300 for print, 120 for a README
+page = False                  # write the interactive page instead of the report
 beam = 1                      # beams of the reason's generation; 1 = greedy
 max_new_tokens = 32           # longest generated answer + reason
 
@@ -221,7 +224,7 @@ def check(cfg):
                 "eval_every", "log_every", "eval_batch", "max_text", "commands_stored", "beam", "max_new_tokens",
                 "lr", "lr_vision", "lr_projection", "eps", "rope_theta", "text_head_dim", "stem_width", "bootstrap",
                 "save_top", "prefetch", "sample_items", "probe_items", "head_items",
-                "stored_maps", "max_describe", "answer_weight", "yes_weight", "min_cell"]
+                "stored_maps", "dpi", "max_describe", "answer_weight", "yes_weight", "min_cell"]
     for name in positive:
         need(0 < getattr(cfg, name) < math.inf, f"{name} must be above 0 and finite, got {getattr(cfg, name)}")
     need(cfg.commands_stored >= 2, f"commands_stored must be at least 2, one YES and one NO, got {cfg.commands_stored}")

@@ -4,6 +4,7 @@ Every test fails if the thing it names breaks. Sections: model; settings and tex
 training; evaluation; answering.
 """
 import ast
+import base64
 import contextlib
 import csv
 import gzip
@@ -3527,7 +3528,7 @@ def asked(saved, **changes):
     """Settings that ask about picture a, with changes; figures go to a folder of the checkpoint's."""
     root, cfg, _ = saved
     return SimpleNamespace(**{**vars(cfg), "checkpoint": str(root / "best.pt"), "command": "is there a bus?",
-                              "image": str(root / "pictures" / "a.png"), **changes})
+                              "image": str(root / "pictures" / "a.png"), "dpi": 60, **changes})
 
 
 def test_answer_maps_are_the_models_own_cross_attention(saved):
@@ -3547,9 +3548,9 @@ def test_answer_maps_are_the_models_own_cross_attention(saved):
         mean = attn["cross"][:, 0, :, token].mean((0, 1)).view(4, 4)
         np.testing.assert_allclose(result["maps"][shown], mean.numpy(), atol=1e-6)
     assert np.abs(result["maps"][3] - result["maps"][8]).max() > 1e-5             # or the test above could not tell
-    images = tensor_of(picture, state)
-    one, _ = visualize.attention_maps(model, images, ids[None], layers=[1], heads=[2])
-    torch.testing.assert_close(one[0, 0, 4], attn["cross"][1, 0, 2, 4].view(4, 4))
+    np.testing.assert_allclose(result["cross"][1, 2, 3], attn["cross"][1, 0, 2, 4].view(4, 4).numpy(), atol=1e-6)
+    np.testing.assert_allclose(result["vision"], attn["vision"][:, 0].numpy(), atol=1e-6)
+    np.testing.assert_allclose(result["text"], attn["self"][:, 0].numpy(), atol=1e-6)
 
 
 def test_answer_gives_verdict_probability_and_reason(saved):
@@ -3566,7 +3567,8 @@ def test_answer_gives_verdict_probability_and_reason(saved):
             bias[4] = 20.0 + yes
             # The pass that answers gives logits of all tokens (3 axes), generation of the last one only (2 axes).
             model.decoder.logits = lambda hidden: plain(hidden) + bias * (hidden.ndim == 3)
-            _, logits = visualize.attention_maps(model, tensor_of(picture, state), ids)
+            with torch.no_grad():
+                logits = model(tensor_of(picture, state), ids)
             p_yes = logits[0, 0, -1, [4, 5]].softmax(-1)[0].item()
             result = visualize.answer(*loaded, picture, "is there a bus")
             assert result["verdict"] == ("YES" if p_yes > 0.5 else "NO")
@@ -3581,21 +3583,191 @@ def test_answer_gives_verdict_probability_and_reason(saved):
         assert visualize.answer(*loaded, picture, "is there a bus")["verdict"] is None
 
 
-def test_entropy_of_a_map():
-    maps = np.zeros((2, 4, 4))
-    maps[0], maps[1, 2, 1] = 1 / 16, 1
-    np.testing.assert_allclose(visualize.entropy(maps), [math.log(16), 0])
-    assert f"{visualize.entropy(maps)[1]:.2f}" == "0.00"
+def test_numbers_beside_a_map():
+    """By hand: 16 patches of 8 pixels, a box over the upper left patch and half of the next."""
+    even, one = np.full((4, 4), 1 / 16), np.zeros((4, 4))
+    one[0, 1] = 1
+    half = [dict(box2d=dict(x1=0, y1=0, x2=12, y2=8))]
+    assert visualize.numbers(even, [], 32) == "H 2.77 (100%)\npeak 1.0×"
+    assert visualize.numbers(even, half, 32) == "H 2.77 (100%)\npeak 1.0×\nin box 9% = 1.0×"
+    assert visualize.numbers(one, half, 32) == "H 0.00 (0%)\npeak 16.0×\nin box 50% = 5.3×"
 
 
 def test_one_picture_is_answered_and_drawn(saved, tmp_path, capsys):
     visualize.main(asked(saved, out_dir=str(tmp_path), command="Is there a $x{$ bus on the left?"))
     lines = capsys.readouterr().out.splitlines()
-    figure = tmp_path / "answer" / "a-is-there-a-x-bus-on-the-left.png"
-    assert lines[-1] == f"figure: {figure}"
-    with Image.open(figure) as image:
-        assert round(image.info["dpi"][0]) == 200 and min(image.size) > 300
-        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 100
+    name = str(tmp_path / "answer" / "a-is-there-a-x-bus-on-the-left")
+    ends = [".png", "-layers.gif", "-heads.png", "-vision.png", "-text.png", "-text.pdf"]
+    assert lines[-6:] == [f"figure: {name}{end}" for end in ends]
+    for end in ends[:-1]:
+        with Image.open(name + end) as image:
+            assert end.endswith("gif") and image.n_frames == 2 or round(image.info["dpi"][0]) == 60
+            assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+
+
+def test_two_commands_about_a_picture_are_compared(saved, tmp_path, capsys, monkeypatch):
+    """The third map is the second less the first, on a scale of its own with 0 in the middle."""
+    monkeypatch.setattr(visualize, "draw_panels", keep := Kept(visualize.draw_panels))
+    visualize.main(asked(saved, out_dir=str(tmp_path), command2="is the light red?"))
+    assert (tmp_path / "answer" / "a-is-there-a-bus-is-the-light-red.png").exists()
+    picture, one, two, apart = keep.panels
+    assert picture.map is None and np.allclose(apart.map, two.map - one.map) and "L2" in apart.note
+    assert "is there a bus" in one.label and "is the light red" in two.label
+    norms = [axes.images[-1].norm for axes in keep.figure.axes[1:4]]
+    assert norms[0] is norms[1] and norms[0] is not norms[2] and norms[2].vmin == -norms[2].vmax
+
+
+class Kept:
+    """A draw_panels that remembers the last panels and the figure made of them."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, panels, *rest, **options):
+        self.panels, self.figure = panels, self.function(panels, *rest, **options)
+        return self.figure
+
+
+def test_every_map_of_a_scene_is_a_row_of_attention(saved, monkeypatch):
+    """Each map sums to 1 and stands under its own name, and all of a figure share one colour scale."""
+    root, cfg, loaded = saved
+    picture = np.asarray(prepare.load_picture(root / "pictures" / "a.png", cfg.image_size))
+    shot = visualize.answer(*loaded, picture, "is there a bus")
+    monkeypatch.setattr(visualize, "draw_panels", keep := Kept(visualize.draw_panels))
+    patch, maps = int(shot["maps"][-1].argmax()), {}
+    for kind in ("words", "layers", "heads", "vision"):
+        visualize.SCENE[kind](shot, cfg)
+        maps[kind] = [panel.map for panel in keep.panels if panel.map is not None]
+        assert all(found.sum() == pytest.approx(1, abs=1e-4) and found.min() >= 0 for found in maps[kind])
+        drawn = [axes.images[-1] for axes in keep.figure.axes if len(axes.images) == 2]
+        assert len(drawn) == len(maps[kind]) and len({id(image.norm) for image in drawn}) == 1
+        assert {image.get_interpolation() for image in drawn} == {"nearest"}
+    assert [panel.label for panel in keep.panels] == ["head 0", "head 1", "mean", "rollout to here"]
+    np.testing.assert_allclose(maps["words"], shot["maps"], atol=1e-6)
+    np.testing.assert_allclose(maps["layers"], shot["cross"][1].mean(0), atol=1e-6)             # the last frame
+    np.testing.assert_allclose(maps["heads"][6], shot["cross"][1, 2, -1])
+    np.testing.assert_allclose(maps["vision"][1], shot["vision"][0, 1, patch].reshape(4, 4))
+    rolled = 0.5 * shot["vision"][0].mean(0)[patch] + 0.5 * np.eye(16)[patch]
+    np.testing.assert_allclose(maps["vision"][3], rolled.reshape(4, 4), atol=1e-6)
+    text = visualize.SCENE["text"](shot, cfg)
+    for axes, weights in zip(text.axes, shot["text"].mean(1)):
+        seen = axes.images[0].get_array()
+        assert np.array_equal(seen.mask, np.triu(np.ones((6, 6)), 1) > 0) and np.allclose(seen[5], weights[5])
+    visualize.plt.close("all")
+
+
+def test_boxes_are_outlined_where_they_are(saved):
+    picture = np.zeros((32, 32, 3), np.uint8)
+    box_of = [dict(box2d=dict(x1=8, y1=4, x2=24, y2=16))]
+    panels = [visualize.Panel(picture, boxes=box_of), visualize.Panel(picture, np.full((4, 4), 1 / 16), boxes=box_of)]
+    figure = visualize.draw_panels(panels, 2, ["title"], "")
+    for axes, scale in zip(figure.axes, (1, 8)):
+        patch = axes.patches[0]
+        assert [patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()] == [
+            8 / scale, 4 / scale, 16 / scale, 12 / scale]
+    visualize.plt.close(figure)
+
+
+def test_boxes_of_a_question_are_those_of_its_words_and_its_answer():
+    frame = dict(name="hand", attributes={}, labels=[box("car", 20), box("car", 64), lamp("red", centre=110.0)])
+    car, other, light = frame["labels"]
+    view = View(frame, DEFAULTS)
+    for question, command, wanted in [
+            (Question("exists_at", "car", "left"), "is a car left", [[], [], [car, other], [], [car]]),
+            (Question("and_no", "car", "red light"), "a car and no red light",
+             [[], [car, other], [], [], [], [light], [car, other]]),
+            (Question("turn", "left", ""), "may we turn left", [[], [], [], [], []])]:
+        found = visualize.named_boxes(frame, view, question, command)
+        assert [sorted(map(str, labels)) for labels in found] == [sorted(map(str, labels)) for labels in wanted]
+
+
+@pytest.fixture(scope="module")
+def told(drawn, tmp_path_factory):
+    """Settings of an untrained model with its evaluation files."""
+    out = tmp_path_factory.mktemp("told")
+    cfg = small_run(drawn, out, text_layers=2, sample_items=60, probe_items=4, head_items=20, bootstrap=20,
+                    stored_maps=2)
+    torch.manual_seed(0)
+    words_known = commands.vocabulary()
+    model = VLM(cfg, len(Tokenizer(words_known)))
+    with torch.no_grad():                                  # says YES to some and NO to others
+        embedding = model.decoder.embedding.weight
+        embedding[tokenizer.YES] = embedding[tokenizer.NO] + 0.2 * torch.randn(embedding.shape[1])
+    train.save_checkpoint(out / "best.pt", dict(
+        format=train.FORMAT, model=model.state_dict(), config=vars(cfg), step=0, words=words_known,
+        mean=drawn.meta["mean"], std=drawn.meta["std"], data_hash=drawn.meta["hash"]))
+    blind = evaluate.blind_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "blind_model", lambda subject, meta: blind(subject, meta, 2, 8))
+        evaluate.evaluate(cfg)
+    (out / "log.csv").write_text("step,loss,lr,grad_norm,val_accuracy\n1,2.5,0.1,3,\n1,,,,0.5\n")
+    return cfg
+
+
+def test_the_report_holds_every_figure_and_needs_no_network(told, capsys):
+    (Path(told.out_dir).parent / "ablation").mkdir(exist_ok=True)
+    (Path(told.out_dir).parent / "ablation" / "table.md").write_text("| a | b |\n|---|---|\n| 1 | <2> |\n")
+    visualize.main(changed(told, dpi=40))
+    said, out = capsys.readouterr().out, Path(told.out_dir)
+    text = (out / "report.html").read_text(encoding="utf-8")
+    made = {path.name for path in (out / "figures").iterdir()}
+    assert {Path(name).stem for name in made if not name.endswith(".pdf")} == set(visualize.FIGURES)
+    assert all(name in said for name in made) and {"accuracy.pdf", "architecture.pdf"} <= made
+    assert len(re.findall(r'src="data:image/(?:webp|gif);base64,', text)) == len(visualize.FIGURES)
+    assert not re.search(r"(src|href)=\"(?!data:|#)|https?:|@[A-Z]+@|\bnan\b", text)
+    page = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    assert visualize.shown_row(page["overall"]) in text and f"seed {told.seed}" in text
+    assert "| 1 | &lt;2&gt; |" in text
+
+
+def test_examples_are_drawn_by_the_seed(told, monkeypatch):
+    monkeypatch.setattr(visualize, "draw_panels", keep := Kept(visualize.draw_panels))
+    seen = []
+    for seed in (3, 3, 4):
+        visualize.figure_twins(visualize.Story(changed(told, seed=seed)))
+        seen.append([panel.picture.tobytes() for panel in keep.panels])
+    assert seen[0] == seen[1] != seen[2] and seen[0][0] != seen[0][2]             # a twin is another picture
+    visualize.plt.close("all")
+
+
+def test_the_interactive_page_holds_the_models_own_maps(told, capsys):
+    visualize.main(changed(told, page=True))
+    text = (Path(told.out_dir) / "page.html").read_text(encoding="utf-8")
+    assert len(text) < 5e6 and not re.search(r"https?:|@[A-Z]+@", text)
+    data = json.loads(re.search(r"const D = (.*), P = ", text)[1])
+    story = visualize.Story(told)
+    scene = data["scenes"][0]
+    command = scene["commands"][0]
+    names = [story.asked.frames[picture]["name"] for picture in story.asked.picture]
+    i = next(i for i, item in enumerate(story.asked.items)
+             if names[i] == scene["name"] and visualize.tidy(item["command"]) == command["text"].rstrip("?"))
+    shot = story.shot(i)
+    packed = np.frombuffer(base64.b64decode(command["maps"]), np.uint8).reshape(shot["cross"].shape)
+    np.testing.assert_allclose((packed / 255) ** 2 * command["most"] / 64, shot["cross"],
+                               atol=0.005 * shot["cross"].max())
+    assert command["words"] == shot["words"] + ["answer"] and len(command["boxes"]) == len(command["covers"]) == \
+        len(command["words"])
+    assert len(data["scenes"]) == 8
+
+
+def test_evaluation_files_that_are_missing_broken_or_stale_are_named(told, tmp_path):
+    copied = changed(told, out_dir=str(tmp_path), checkpoint=str(Path(told.out_dir) / "best.pt"))
+    page = json.loads((Path(told.out_dir) / "eval.json").read_text(encoding="utf-8"))
+    for name, content, words_wanted in [
+            ("eval.json", None, ["no", "eval.json"]), ("attention.npz", None, ["attention.npz"]),
+            ("eval.json", "{", ["cannot be read"]), ("failures.jsonl", "{", ["cannot be read"]),
+            ("attention.npz", "x", ["cannot be read"]),
+            ("eval.json", json.dumps(dict(page, step=9)), ["step 9", "step 0"])]:
+        for file in ("eval.json", "failures.jsonl", "attention.npz"):
+            shutil.copy(Path(told.out_dir) / file, tmp_path / file)
+        (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+        with pytest.raises(UserError) as error:
+            visualize.main(copied)
+        said = str(error.value)
+        assert "\n" not in said and all(word in said for word in words_wanted + ["python evaluate.py"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        visualize.save(visualize.plot(1, 1, 1)[0], tmp_path / "file" / "figure", 40)
 
 
 def test_a_folder_is_answered_in_order_without_the_broken(saved, tmp_path, capsys, monkeypatch):
@@ -3626,8 +3798,9 @@ def test_what_cannot_be_answered_is_said_in_one_line(saved, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"")
     for changes, words in [
-            (dict(image="", command=""), ["--image", "--command"]), (dict(command=""), ["--command"]),
-            (dict(image=""), ["--image"]), (dict(command=" ?!. "), ["no word"]),
+            (dict(command=""), ["--image alone", "--command"]), (dict(image=""), ["--command alone", "--image"]),
+            (dict(page=True), ["--page"]), (dict(image="", command="", command2="is it"), ["--command2 alone"]),
+            (dict(image="", command=""), ["eval.json", "python evaluate.py"]), (dict(command=" ?!. "), ["no word"]),
             (dict(command="is there a bus " * 4), ["16 words", "14 fit", "max_text=24"]),
             (dict(max_new_tokens=22), ["max_new_tokens=22", "max_text=24"]),
             (dict(command="is there [PAD] a bus"), ["[PAD]"]),
