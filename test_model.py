@@ -1259,7 +1259,7 @@ def test_every_answer_of_the_finished_commands_follows_from_the_rules(drawn):
 @pytest.mark.parametrize("name", SETS)
 def test_yes_and_no_are_equally_frequent_for_every_question(drawn, name):
     counts = commands.balance(drawn.items[name])
-    assert len(counts) > 5
+    assert len(counts) > 3
     for cell, (yes, no) in counts.items():
         assert yes == no >= drawn.cfg.min_cell, cell
 
@@ -3350,7 +3350,8 @@ def test_the_page_is_what_is_written(evaluated):
     assert all(row["n"] == len(questions) for row in page["controls"].values())
     by_template = [row["n"] for rows in page["controls_by_template"].values() for row in rows.values()]
     assert sum(by_template) == 3 * len(questions)
-    assert set(page["train_gap"]) == {"train", "val", "train minus test"} and 20 <= page["train_gap"]["train"]["n"] <= 60
+    assert set(page["train_gap"]) == {"train", "val", "train minus test"}
+    assert 20 <= page["train_gap"]["train"]["n"] <= 60
     assert set(page["held_out"]) == {"test_words", "test_words, drop", "test_combos", "test_combos, drop"}
     assert page["held_out"]["test_words, drop"]["value"] == pytest.approx(
         page["overall"]["value"] - page["held_out"]["test_words"]["value"], abs=2e-4)

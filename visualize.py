@@ -719,7 +719,7 @@ def figure_grounding(story):
     for axis, (kind, name) in zip(axes[0], (("word", "the word of an object"), ("answer", "the answer"))):
         rows = {k: scores["pointing"] for k, scores in found[kind]["scores"].items()}
         intervals(axis, rows, others=[k for k in rows if not k.startswith("model")])
-        axis.set(title=f"{name}: layer {found[kind]['layer']}, n={rows['model']['n']}", xlim=(0, 110),
+        axis.set(title=f"{name}, n={rows['model']['n']}", xlim=(0, 110),
                  xlabel="largest patch touches a box, %")
     axes[0, 1].set_yticklabels([])
     side = story.cfg.image_size // story.cfg.patch_size
