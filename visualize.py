@@ -732,8 +732,8 @@ def figure_grounding(story):
         axis.set(xlabel=f"patches {done}", ylim=(0, 103), ylabel="p(YES), %",
                  title=f"{name}: area {area[0]:.0f}, random order {area[1]:.0f}")
     axes[1, 0].legend()
-    return figure, "Above: the pointing game in the layer chosen on the validation split and for the mean of all " \
-        "layers, beside what knows less (grey): a random patch, the centre, another kind's word in the same picture, " \
+    return figure, "Above: the pointing game of the maps averaged over layers and heads, beside what knows less " \
+        "(grey): a random patch, the centre, another kind's word in the same picture, " \
         f"the same kind's word in another picture, untrained weights. Below: {probe['deletion']['difference']['n']} " \
         "right YES answers, the patches that the answer looked at most taken away (or shown) first. Only this " \
         "says that the patches matter."
