@@ -911,8 +911,9 @@ def result_table(page):
         rows.append(("weather and hours never trained on", page["ood"]["all"], "guessing: 50"))
     if page["twins"]:
         rows.append(("twins, both right", page["twins"]["both_right"], "guessing: 25"))
-    rows += [("reasons true by the rules", page["reasons"]["true"], ""),
-             ("right answer, false reason", page["reasons"]["shortcut_rate"], "")]
+    rows += [(text, page["reasons"][name], "") for name, text in (
+        ("true", "reasons true by the rules"), ("shortcut_rate", "right answer, false reason"))
+        if name in page["reasons"]]
     for kind, text in (("word", "the word of an object"), ("answer", "the answer")):
         found = page["attention"]["grounding"][kind]
         if "scores" in found:
