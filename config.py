@@ -103,6 +103,8 @@ yes_weight = 1.0              # class weight of YES against NO
 focal_gamma = 0.0             # focal loss on the answer token; 0 = cross-entropy
 entropy_weight = 0.0          # weight of the cross-attention entropy (> 0 asks for focused attention)
 contrast_weight = 0.0         # weight of the SigLIP sigmoid loss between images and "describe" texts
+init_from = ""                # start from these weights: train.py's checkpoint or HF's SigLIP (.pt, .safetensors)
+lora_rank = 0                 # with init_from, learn only a change of this rank of each weight; 0 = all weights learn
 freeze_vision_steps = 0       # updates for which the vision encoder does not learn; -1 = never learns
 eval_every = 500              # updates between validations, and between saves of last.pt
 eval_items = 2000             # validation commands used while training; 0 = all
@@ -230,6 +232,8 @@ def check(cfg):
     need(cfg.commands_stored >= 2, f"commands_stored must be at least 2, one YES and one NO, got {cfg.commands_stored}")
     need(cfg.seed < 2 ** 63, f"seed must be below 2**63, got {cfg.seed}")
     need(cfg.freeze_vision_steps >= -1, f"freeze_vision_steps must be -1, 0 or more, got {cfg.freeze_vision_steps}")
+    need(not cfg.lora_rank or cfg.init_from,
+         f"lora_rank={cfg.lora_rank} learns small changes of a trained model: give one with --init_from=FILE")
     for name in ["max_bad_share", "dropout", "label_smoothing", "flip", "crop", "jitter", "beta1", "beta2"]:
         need(0 <= getattr(cfg, name) < 1 or (name == "flip" and cfg.flip == 1),
              f"{name} must be at least 0 and below 1, got {getattr(cfg, name)}")
@@ -238,7 +242,7 @@ def check(cfg):
          f"commands_per_image={cfg.commands_per_image}")
     for name in ["workers", "num_ood_scenes", "warmup_steps", "weight_decay", "grad_clip", "min_lr", "eval_items",
                  "seed", "scene_seed", "see_steps", "tag_weight", "focal_gamma", "entropy_weight", "contrast_weight",
-                 "max_complexity"]:
+                 "max_complexity", "lora_rank"]:
         need(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
     return cfg
 

@@ -13,7 +13,8 @@
     python model.py --preset=base --device=cuda
 
 References: Transformer arXiv:1706.03762, ViT 2010.11929, SigLIP 2303.15343, Gemma 2403.08295, PaliGemma 2407.07726,
-RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, GLU variants 2002.05202, early convolutions 2106.14881.
+RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, GLU variants 2002.05202, early convolutions 2106.14881, LoRA
+2106.09685.
 
 Shapes: B images, K commands for each, N = B*K rows of text, T text tokens, M real tokens in all rows, S keys,
 P patches, D width, V words; H query heads of d dimensions, G key/value heads, R = H/G query heads that share one.
@@ -184,6 +185,35 @@ class GatedFFN(nn.Module):
         gate, up = self.gate_up(x).chunk(2, -1)
         gate = F.gelu(gate, approximate="tanh") if self.kind == "geglu" else F.silu(gate)
         return F.dropout(self.down(gate * up), self.dropout, self.training)
+
+
+class LoRA(nn.Module):
+    """layer(x) + expand(reduce(x)): a layer left as it is, plus a learned change of its weight, of a low rank r.
+
+    For a linear layer that is (W + B A) x, A (r, in), B (out, r) (arXiv:2106.09685, eq. 3, with alpha = r). For a
+    convolution A has its kernel and r channels, and B is 1x1. B starts at 0, so at first nothing changes.
+    """
+
+    def __init__(self, layer, rank):
+        super().__init__()
+        self.layer = layer
+        if isinstance(layer, nn.Conv2d):
+            self.reduce = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
+            self.expand = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        else:
+            self.reduce = nn.Linear(layer.in_features, rank, bias=False)
+            self.expand = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.normal_(self.reduce.weight, std=self.reduce.weight[0].numel() ** -0.5)
+        nn.init.zeros_(self.expand.weight)
+
+    def forward(self, x):
+        return self.layer(x) + self.expand(self.reduce(x))
+
+    @torch.no_grad()
+    def merged(self):
+        """The layer, its weight changed by B A: it computes the same at no extra cost."""
+        self.layer.weight += (self.expand.weight.flatten(1) @ self.reduce.weight.flatten(1)).view_as(self.layer.weight)
+        return self.layer
 
 
 # ---- vision ----
@@ -373,7 +403,7 @@ class VLM(nn.Module):
 
     def __init__(self, cfg, vocab_size):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.adapted = cfg, False
         self.vision = VisionEncoder(cfg)
         self.projection = nn.Sequential(nn.Linear(cfg.vision_dim, cfg.text_dim), RMSNorm(cfg.text_dim))
         self.decoder = Decoder(cfg, vocab_size)
@@ -461,7 +491,28 @@ class VLM(nn.Module):
         """Stop (or, on=False, resume) the learning of "vision" (the stem too), "projection" or "decoder"."""
         if part not in ("vision", "projection", "decoder"):
             raise ValueError(f"no part '{part}' to freeze: vision, projection or decoder")
-        getattr(self, part).requires_grad_(not on)
+        for name, p in getattr(self, part).named_parameters():
+            p.requires_grad_(not on and (not self.adapted or ".reduce." in name or ".expand." in name))
+
+    def add_lora(self, rank):
+        """Freeze every weight, and let each linear layer and convolution learn a change of that rank instead (LoRA)."""
+        self.adapted = True
+        self.requires_grad_(False)
+        for name, layer in list(self.named_modules()):
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                self._replace(name, LoRA(layer, rank))
+
+    def merge_lora(self):
+        """Add the learned changes to the weights: the same model without LoRA."""
+        self.adapted = False
+        for name, layer in list(self.named_modules()):
+            if isinstance(layer, LoRA):
+                self._replace(name, layer.merged())
+        self.requires_grad_(True)
+
+    def _replace(self, name, module):
+        parent, _, own = name.rpartition(".")
+        setattr(self.get_submodule(parent), own, module)
 
     @torch.no_grad()
     def generate(self, images, prompts, max_new_tokens, beam=1, eos_id=2, use_cache=True):

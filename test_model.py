@@ -573,6 +573,38 @@ def copy_linear(target, *sources):
         target.bias.copy_(torch.cat([s.bias for s in sources]))
 
 
+def test_lora_starts_as_the_model_learns_alone_and_merges():
+    model, (images, tokens) = tiny(), (pictures(2), words(2, 3, 7))
+    before, frozen = model(images, tokens), {k: v.clone() for k, v in model.state_dict().items()}
+    layers = [name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    model.add_lora(2)
+    assert torch.equal(model(images, tokens), before)
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(learning) == {f"{name}.{part}.weight" for name in layers for part in ("reduce", "expand")}
+    assert learning["decoder.blocks.0.ffn.down.reduce.weight"].shape == (2, 48)
+    for on in (True, False):
+        model.freeze("vision", on)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+            n for n in learning if not (on and n.startswith("vision"))}, "a frozen weight must not wake up"
+    optimizer = torch.optim.SGD(learning.values(), 0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images, tokens, tokens).backward()
+        optimizer.step()
+    tuned = model(images, tokens)
+    assert all(p.grad.abs().sum() > 0 for n, p in learning.items()) and (tuned - before).abs().max() > 1e-3
+    model.merge_lora()
+    close(model(images, tokens), tuned)
+    merged = model.state_dict()
+    assert list(merged) == list(frozen) and all(p.requires_grad for p in model.parameters())
+    for name, weight in merged.items():
+        if name.removesuffix(".weight") in layers:
+            rank = torch.linalg.matrix_rank((weight - frozen[name]).flatten(1), rtol=1e-3)
+            assert 1 <= rank <= 2, name
+        else:
+            assert torch.equal(weight, frozen[name]), name
+
+
 @torch.no_grad()
 def test_vision_encoder_equals_hf_siglip():
     hf = pytest.importorskip("transformers")
@@ -2334,6 +2366,134 @@ def test_an_export_answers_like_its_checkpoint_but_cannot_be_resumed(trained, tm
         train.train(changed(trained, export=str(file)))
     with pytest.raises(UserError, match="a model.pt holds weights alone"):
         train.train(changed(trained, resume=True, checkpoint=str(file)))
+
+
+def test_training_starts_from_the_weights_of_another_run(trained, tmp_path, capsys, monkeypatch):
+    best, seen = Path(trained.out_dir) / "best.pt", []
+    monkeypatch.setattr(train, "make_optimizer", lambda model, tagger, *rest: seen.append(
+        [{k: v.clone() for k, v in module.state_dict().items()} for module in (model, tagger)]) or 1 / 0)
+    start = changed(trained, out_dir=str(tmp_path / "out"), init_from=str(best), seed=5)
+    with pytest.raises(ZeroDivisionError):
+        train.train(start)
+    state = train.load_checkpoint(best)
+    for mine, saved in zip(seen[0], (state["model"], state["tagger"])):
+        assert train.checksum(mine) == train.checksum(dict(saved))
+    assert f"starting from {best}, trained for 2 updates on drawn scenes" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another architecture.* trained with --vision_ffn_dim=64"):
+        train.train(changed(start, vision_ffn_dim=96))
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save(dict(a=torch.zeros(2)), tmp_path / "foreign.pt")
+    torch.save([1], tmp_path / "list.pt")
+    train.save_checkpoint(tmp_path / "words.pt", dict(state, words=state["words"][:-1] + ["other"]))
+    for name, says in (("absent.pt", "no file .*absent.pt to start from"), ("text.pt", "cannot read .*text.pt"),
+                       ("foreign.pt", "neither a checkpoint .* nor a SigLIP"), ("list.pt", "neither a checkpoint"),
+                       ("words.pt", "speaks another vocabulary")):
+        with pytest.raises(UserError, match=says) as error:
+            train.train(changed(start, init_from=str(tmp_path / name)))
+        assert "\n" not in str(error.value)
+
+
+def test_positions_follow_another_picture_size():
+    side, weights = torch.arange(4.0), dict(p=torch.zeros(16, 2))
+    weights["p"][:, 0], weights["p"][:, 1] = side.repeat(4), side.repeat_interleave(4)       # column and row
+    train.resize_positions(weights, "p", 64)
+    grid = weights["p"].view(8, 8, 2)
+    assert (grid[0, 1:, 0] >= grid[0, :-1, 0]).all() and torch.equal(grid[0, :, 0], grid[7, :, 0])
+    assert torch.equal(grid[..., 1], grid[..., 0].T) and grid.max() == 3 and grid.min() == 0
+    train.resize_positions(weights, "p", 16)
+    close(weights["p"][:, 0], torch.tensor([0.0, 1, 2, 3]).repeat(4), 0.3)
+    train.resize_positions(weights, "absent", 16)
+
+
+def test_a_lora_run_leaves_the_weights_learns_resumes_and_exports(trained, tmp_path):
+    best, file = Path(trained.out_dir) / "best.pt", tmp_path / "tuned.pt"
+    cfg = changed(trained, out_dir=str(tmp_path / "out"), init_from=str(best), lora_rank=2, max_steps=4, eval_every=2,
+                  freeze_vision_steps=2, warmup_steps=0)
+    train.train(cfg)
+    base, last = train.load_checkpoint(best)["model"], train.load_checkpoint(tmp_path / "out" / "last.pt")["model"]
+    kept = {name.replace(".layer.", "."): tensor for name, tensor in last.items()
+            if ".reduce." not in name and ".expand." not in name}
+    assert train.checksum(kept) == train.checksum({name: base[name] for name in kept}) and set(kept) == set(base)
+    assert all(tensor.abs().sum() > 0 for name, tensor in last.items() if ".expand." in name)
+    whole = train.checksum(last)
+    half = changed(cfg, out_dir=str(tmp_path / "half"))
+    train.train(changed(half, max_steps=2, schedule="constant"))
+    train.train(changed(cfg, out_dir=str(tmp_path / "other"), schedule="constant"))
+    train.train(changed(half, resume=True, schedule="constant"))
+    resumed, straight = (train.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("half", "other"))
+    assert train.checksum(resumed) == train.checksum(straight) != whole
+    train.train(changed(cfg, export=str(file)))
+    assert train.load_checkpoint(file)["config"]["lora_rank"] == 0
+    model, *_ = train.load_model(changed(DEFAULTS, device="cpu", checkpoint=str(file)))
+    tuned, *_ = train.load_model(changed(DEFAULTS, device="cpu", checkpoint=str(tmp_path / "out" / "best.pt")))
+    assert train.checksum(model.state_dict()) == train.checksum(tuned.state_dict())
+    assert set(model.state_dict()) == set(base)
+    with pytest.raises(UserError, match="lora_rank=2 .* --init_from=FILE"):
+        config.check(changed(cfg, init_from=""))
+
+
+def siglip_checkpoint(prefix="vision_model.", layers=2, **sizes):
+    """The tensors of an HF SigLIP vision model of 32 dimensions and patches of 8 pixels, with random values."""
+    generator, D = torch.Generator().manual_seed(0), 32
+    shapes = {"embeddings.patch_embedding.weight": (D, 3, 8, 8), "embeddings.position_embedding.weight": (16, D),
+              "embeddings.patch_embedding.bias": (D,), "post_layernorm.weight": (D,), "post_layernorm.bias": (D,)}
+    for i in range(layers):
+        for name, shape in [*((f"self_attn.{p}_proj", (D, D)) for p in ("q", "k", "v", "out")), ("mlp.fc1", (64, D)),
+                            ("mlp.fc2", (D, 64)), ("layer_norm1", (D,)), ("layer_norm2", (D,))]:
+            shapes[f"encoder.layers.{i}.{name}.weight"] = shape
+            shapes[f"encoder.layers.{i}.{name}.bias"] = shape[:1]
+    weights = {prefix + name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return weights | {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(3, 3), "logit_scale": torch.zeros(1)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["vision_model.", "", "model.vision_tower.vision_model."])
+def test_a_siglip_checkpoint_starts_the_vision_encoder(tmp_path, prefix):
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    path, data = tmp_path / "siglip.pt", SimpleNamespace(mean=mean, std=std, tokenizer=None)
+    weights = siglip_checkpoint(prefix)
+    torch.save(weights, path)
+    model = tiny(stem="patch", init_from=str(path))
+    said = train.start_from(model.cfg, model, None, data)
+    assert said == f"the vision encoder starts from {path}: 2 of its 2 blocks"
+    vision, theirs = model.vision, {k.removeprefix(prefix): v for k, v in weights.items()}
+    assert torch.equal(vision.positions, theirs["embeddings.position_embedding.weight"])
+    for i, block in enumerate(vision.blocks):
+        for mine, their in ((block.norm1, "layer_norm1"), (block.norm2, "layer_norm2"), (block.up, "mlp.fc1"),
+                            (block.down, "mlp.fc2"), (block.attn.q, "self_attn.q_proj"),
+                            (block.attn.out, "self_attn.out_proj")):
+            for kind in ("weight", "bias"):
+                assert torch.equal(getattr(mine, kind), theirs[f"encoder.layers.{i}.{their}.{kind}"])
+        assert torch.equal(block.attn.kv.weight, torch.cat([theirs[f"encoder.layers.{i}.self_attn.{p}_proj.weight"]
+                                                            for p in "kv"]))
+    assert torch.equal(vision.norm.bias, theirs["post_layernorm.bias"])
+    pixels = torch.rand(2, 3, 32, 32)                        # in [0, 1]; SigLIP wants 2 u - 1
+    ours = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    weight, bias = (theirs[f"embeddings.patch_embedding.{kind}"] for kind in ("weight", "bias"))
+    patches = F.conv2d(2 * pixels - 1, weight, bias, stride=8)
+    close(vision.stem(ours), patches, 1e-4)
+
+
+@torch.no_grad()
+def test_what_fits_of_a_siglip_checkpoint_is_taken_and_the_rest_named(tmp_path):
+    path, data = tmp_path / "siglip.pt", SimpleNamespace(mean=[0.5] * 3, std=[0.5] * 3)
+    torch.save(siglip_checkpoint(), path)
+    model = tiny(stem="patch", vision_layers=1, init_from=str(path), image_size=64)
+    assert "1 of its 2 blocks" in train.start_from(model.cfg, model, None, data) and len(model.vision.positions) == 64
+    model = tiny(stem="patch", vision_ffn_dim=48, init_from=str(path))
+    before = {k: v.clone() for k, v in model.vision.state_dict().items()}
+    assert "patch embedding" in train.start_from(model.cfg, model, None, data)
+    assert {k for k, v in model.vision.state_dict().items() if not torch.equal(v, before[k])} == {
+        "stem.weight", "stem.bias"}
+    model = tiny(init_from=str(path))
+    with pytest.raises(UserError, match="--stem=patch --patch_size=8 --vision_dim=32, and all of it with "
+                                        "--vision_layers=2 --vision_heads=2 --vision_ffn_dim=64"):
+        train.start_from(model.cfg, model, None, data)
+    with pytest.raises(UserError, match="has no decoder"):
+        train.start_from(changed(model.cfg, lora_rank=4), model, None, data)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="safetensors"):      # not there, or not to be read
+        train.start_from(changed(model.cfg, init_from=str(tmp_path / "model.safetensors")), model, None, data)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(tmp_path, monkeypatch):

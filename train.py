@@ -11,6 +11,7 @@
     python train.py --batch_size=4 --grad_accum=8
     python train.py --resume=True
     python train.py --preset=base --device=cuda
+    python train.py --init_from=out/default/best.pt --lora_rank=8 --out_dir=out/tuned
     python train.py --export=model.pt                 best.pt without what only training needs
     torchrun --standalone --nproc_per_node=2 train.py
 
@@ -24,6 +25,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -318,7 +320,7 @@ def make_optimizer(model, tagger, cfg, device):
     """AdamW with a learning rate for each part and weight decay on matrices only."""
     rates, groups = {"vision": cfg.lr_vision, "projection": cfg.lr_projection, "decoder": cfg.lr, "contrast": cfg.lr,
                      "tagger": cfg.lr_vision}, {}
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     named += [(f"tagger.{name}", p) for name, p in tagger.named_parameters()] if tagger else []
     for name, p in named:
         part = name.split(".")[0]
@@ -514,6 +516,8 @@ def load_weights(module, weights, path):
 def load_model(cfg):
     """(model in eval mode, its settings with cfg's run and evaluation settings, tokenizer, state, device).
 
+    LoRA's changes are merged into the weights.
+
     The checkpoint is cfg.checkpoint or out_dir/best.pt.
     """
     device, path = pick_device(cfg), cfg.checkpoint or str(Path(cfg.out_dir) / "best.pt")
@@ -524,9 +528,115 @@ def load_model(cfg):
             trained[name] = getattr(cfg, name)
     cfg = type(cfg)(**trained)
     tokenizer = Tokenizer(state["words"])
-    model = VLM(cfg, len(tokenizer)).to(device)
-    load_weights(model, state["model"], path)
+    model = VLM(cfg, len(tokenizer))
+    if cfg.lora_rank:
+        model.add_lora(cfg.lora_rank)
+    load_weights(model.to(device), state["model"], path)
+    if cfg.lora_rank:
+        model.merge_lora()
     return model.eval(), cfg, tokenizer, state, device
+
+
+# ---- starting from other weights ----
+
+def resize_positions(weights, name, grid):
+    """Bring the learned positions (P, D) that `name` has in `weights`, if it does, to `grid` patches, bilinearly."""
+    old = weights.get(name)
+    if old is not None and len(old) != grid and math.isqrt(len(old)) ** 2 == len(old):
+        square = old.T.unflatten(1, (math.isqrt(len(old)), -1))[None]                        # (1, D, side, side)
+        square = F.interpolate(square, size=(math.isqrt(grid),) * 2, mode="bilinear")
+        weights[name] = square[0].flatten(1).T.contiguous()
+
+
+SIGLIP = {"layer_norm1": "norm1", "self_attn.q_proj": "attn.q", "self_attn.out_proj": "attn.out",
+          "layer_norm2": "norm2", "mlp.fc1": "up", "mlp.fc2": "down"}
+SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16}  # by width, of the published ones: the weights do not tell
+
+
+def from_siglip(weights, mean, std):
+    """Tensors of HF's SiglipVisionModel, alone or within a larger model, by the names that VisionEncoder gives them.
+
+    SigLIP takes pictures in [-1, 1], ours are normalised by mean and std (3,): the patch embedding makes up for it.
+    """
+    pattern = r"(?:(?:.*\.)?vision_model\.)?((?:embeddings|encoder|post_layernorm)\..+)"
+    theirs = {m[1]: tensor.float() for name, tensor in weights.items() if (m := re.fullmatch(pattern, name))}
+    ours = {}
+    for name, tensor in theirs.items():
+        if m := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+            i, part, kind = m.groups()
+            if part in SIGLIP:
+                ours[f"blocks.{i}.{SIGLIP[part]}.{kind}"] = tensor
+            elif part == "self_attn.k_proj" and (value := name.replace("k_proj", "v_proj")) in theirs:
+                ours[f"blocks.{i}.attn.kv.{kind}"] = torch.cat((tensor, theirs[value]))
+        elif name.startswith("post_layernorm."):
+            ours[name.replace("post_layernorm", "norm")] = tensor
+    weight, bias = (theirs.get(f"embeddings.patch_embedding.{kind}") for kind in ("weight", "bias"))
+    if weight is not None and bias is not None and weight.ndim == 4:
+        scale, shift = 2 * torch.tensor(std), 2 * torch.tensor(mean) - 1          # its input is scale * ours + shift
+        ours["stem.weight"] = weight * scale[:, None, None]
+        ours["stem.bias"] = bias + (weight * shift[:, None, None]).sum((1, 2, 3))
+    if "embeddings.position_embedding.weight" in theirs:
+        ours["positions"] = theirs["embeddings.position_embedding.weight"]
+    return ours
+
+
+def start_from_siglip(vision, weights, cfg, data):
+    """Fill the VisionEncoder with what fits of a SigLIP checkpoint; returns what was taken, in words."""
+    ours, here = from_siglip(weights, data.mean, data.std), vision.state_dict()
+    stem = ours.get("stem.weight")
+    if stem is None:
+        raise UserError(f"{cfg.init_from} is neither a checkpoint of train.py nor a SigLIP vision model of HF's")
+    layers = 1 + max((int(name.split(".")[1]) for name in ours if name.startswith("blocks.")), default=-1)
+    resize_positions(ours, "positions", (cfg.image_size // cfg.patch_size) ** 2)
+    taken = {name: ours[name] for name in here if name in ours and ours[name].shape == here[name].shape}
+    width, patch, heads = len(stem), stem.shape[-1], SIGLIP_HEADS.get(len(stem), cfg.vision_heads)
+    if len(taken) == len(here) and heads == cfg.vision_heads:
+        vision.load_state_dict(taken)
+        return f"the vision encoder starts from {cfg.init_from}: {cfg.vision_layers} of its {layers} blocks"
+    if not {"stem.weight", "stem.bias"} <= set(taken):
+        hidden = len(ours.get("blocks.0.up.bias", ()))
+        raise UserError(f"nothing in {cfg.init_from} fits this vision encoder. It would with --stem=patch "
+                        f"--patch_size={patch} --vision_dim={width}, and all of it with --vision_layers={layers} "
+                        f"--vision_heads={heads} --vision_ffn_dim={hidden} besides")
+    vision.load_state_dict({name: taken[name] for name in ("stem.weight", "stem.bias")}, strict=False)
+    return f"the patch embedding starts from {cfg.init_from}; the rest of it does not fit"
+
+
+def start_from(cfg, model, tagger, data):
+    """Fill the model from cfg.init_from; returns what was taken, in words. Raises UserError when nothing fits."""
+    path = cfg.init_from
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no file {path} to start from") from None
+    except ImportError:
+        raise UserError(f"reading {path} needs the safetensors package: pip install safetensors") from None
+    except Exception as error:                              # unpickling fails in many ways
+        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"cannot read {path}: {first}") from None
+    if not isinstance(weights, dict) or "format" not in weights:
+        if cfg.lora_rank:
+            raise UserError(f"{path} has no decoder, and with lora_rank={cfg.lora_rank} none would learn: set it to 0")
+        weights = weights if isinstance(weights, dict) else {}
+        return start_from_siglip(model.vision, {k: t for k, t in weights.items() if torch.is_tensor(t)}, cfg, data)
+    other, its, tokenizer, state, _ = load_model(type(cfg)(**dict(vars(cfg), checkpoint=path, device="cpu")))
+    if tokenizer.words != data.tokenizer.words:
+        raise UserError(f"{path} speaks another vocabulary, of {len(tokenizer)} words: it is of another commands.py")
+    sizes = [name for name, (section, _, _) in config.SETTINGS.items() if section == "model"]
+    differs = [f"--{name}={getattr(its, name)}" for name in sizes if getattr(its, name) != getattr(cfg, name)]
+    weights = other.state_dict()
+    resize_positions(weights, "vision.positions", (cfg.image_size // cfg.patch_size) ** 2)
+    try:
+        load_weights(model, weights, path)
+    except UserError as error:
+        raise UserError(f"{error}; it was trained with {' '.join(differs)}" if differs else str(error)) from None
+    if tagger is not None and state.get("tagger"):
+        load_weights(tagger, state["tagger"], path)
+    return f"starting from {path}, trained for {state['step']} updates on {its.source} scenes"
 
 
 def export(cfg):
@@ -534,8 +644,9 @@ def export(cfg):
     path = cfg.checkpoint or Path(cfg.out_dir) / "best.pt"
     if Path(cfg.export).exists():
         raise UserError(f"{cfg.export} exists: export to another file, or delete it")
-    state = load_checkpoint(path)
-    save_checkpoint(cfg.export, {k: state[k] for k in WEIGHTS})
+    model, _, _, state, _ = load_model(cfg)
+    save_checkpoint(cfg.export, {k: state[k] for k in WEIGHTS} | dict(
+        model=model.state_dict(), config=dict(state["config"], lora_rank=0)))
     print(f"exported {path} of step {state['step']} to {cfg.export}")
 
 
@@ -577,8 +688,13 @@ def train(cfg):
     data, val = Data(cfg, meta, "train"), Data(cfg, meta, "val")
     if not len(data.pictures):
         raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
-    model = VLM(cfg, len(data.tokenizer)).to(device)
+    model = VLM(cfg, len(data.tokenizer))
     tagger = WordTagger(cfg.text_dim).to(device) if cfg.tag_weight else None
+    if cfg.init_from and not cfg.resume:
+        print(start_from(cfg, model, tagger, data))
+    if cfg.lora_rank:
+        model.add_lora(cfg.lora_rank)
+    model.to(device)
     optimizer = make_optimizer(model, tagger, cfg, device)
     learned = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -604,6 +720,9 @@ def train(cfg):
         loss_sum, since = state["unlogged"]
         print("; ".join([f"resumed {path} at step {step}", *changed.values()]))
     parameters = sum(p.numel() for p in model.parameters())
+    if cfg.lora_rank:
+        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"LoRA of rank {cfg.lora_rank}: {learns:,} weights learn, the rest stays as it was")
     pairs = cfg.batch_size * cfg.grad_accum * cfg.commands_per_image
     print(f"{parameters / 1e6:.2f}M parameters; {len(data.pictures)} training pictures, {len(data.index)} commands; "
           f"{cfg.max_steps} updates of {pairs} pairs, the first {first_stage(cfg)} of pictures alone, "
