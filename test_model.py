@@ -2406,7 +2406,8 @@ def test_positions_follow_another_picture_size():
 
 
 def test_a_lora_run_leaves_the_weights_learns_resumes_and_exports(trained, tmp_path):
-    best, file = Path(trained.out_dir) / "best.pt", tmp_path / "tuned.pt"
+    best, file = tmp_path / "start.pt", tmp_path / "tuned.pt"
+    shutil.copy(Path(trained.out_dir) / "best.pt", best)
     cfg = changed(trained, out_dir=str(tmp_path / "out"), init_from=str(best), lora_rank=2, max_steps=4, eval_every=2,
                   freeze_vision_steps=2, warmup_steps=0)
     train.train(cfg)
@@ -2419,6 +2420,7 @@ def test_a_lora_run_leaves_the_weights_learns_resumes_and_exports(trained, tmp_p
     half = changed(cfg, out_dir=str(tmp_path / "half"))
     train.train(changed(half, max_steps=2, schedule="constant"))
     train.train(changed(cfg, out_dir=str(tmp_path / "other"), schedule="constant"))
+    best.unlink()                                           # what a run started from is not needed to go on
     train.train(changed(half, resume=True, schedule="constant"))
     resumed, straight = (train.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("half", "other"))
     assert train.checksum(resumed) == train.checksum(straight) != whole
@@ -2475,7 +2477,7 @@ def test_a_siglip_checkpoint_starts_the_vision_encoder(tmp_path, prefix):
 
 
 @torch.no_grad()
-def test_what_fits_of_a_siglip_checkpoint_is_taken_and_the_rest_named(tmp_path):
+def test_what_fits_of_a_siglip_checkpoint_is_taken_and_the_rest_named(tmp_path, monkeypatch):
     path, data = tmp_path / "siglip.pt", SimpleNamespace(mean=[0.5] * 3, std=[0.5] * 3)
     torch.save(siglip_checkpoint(), path)
     model = tiny(stem="patch", vision_layers=1, init_from=str(path), image_size=64)
@@ -2485,8 +2487,12 @@ def test_what_fits_of_a_siglip_checkpoint_is_taken_and_the_rest_named(tmp_path):
     assert "patch embedding" in train.start_from(model.cfg, model, None, data)
     assert {k for k, v in model.vision.state_dict().items() if not torch.equal(v, before[k])} == {
         "stem.weight", "stem.bias"}
+    monkeypatch.setitem(train.SIGLIP_HEADS, 32, 4)           # other heads of as many dimensions fit, but mean nothing
+    model = tiny(stem="patch", init_from=str(path))
+    assert "alone" in (said := train.start_from(model.cfg, model, None, data)) and "--vision_heads=4" in said
+    monkeypatch.undo()
     model = tiny(init_from=str(path))
-    with pytest.raises(UserError, match="--stem=patch --patch_size=8 --vision_dim=32, and all of it with "
+    with pytest.raises(UserError, match="--stem=patch --patch_size=8 --vision_dim=32, all of it with "
                                         "--vision_layers=2 --vision_heads=2 --vision_ffn_dim=64"):
         train.start_from(model.cfg, model, None, data)
     with pytest.raises(UserError, match="has no decoder"):

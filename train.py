@@ -320,7 +320,7 @@ def make_optimizer(model, tagger, cfg, device):
     """AdamW with a learning rate for each part and weight decay on matrices only."""
     rates, groups = {"vision": cfg.lr_vision, "projection": cfg.lr_projection, "decoder": cfg.lr, "contrast": cfg.lr,
                      "tagger": cfg.lr_vision}, {}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = list(model.named_parameters())
     named += [(f"tagger.{name}", p) for name, p in tagger.named_parameters()] if tagger else []
     for name, p in named:
         part = name.split(".")[0]
@@ -589,17 +589,17 @@ def start_from_siglip(vision, weights, cfg, data):
     layers = 1 + max((int(name.split(".")[1]) for name in ours if name.startswith("blocks.")), default=-1)
     resize_positions(ours, "positions", (cfg.image_size // cfg.patch_size) ** 2)
     taken = {name: ours[name] for name in here if name in ours and ours[name].shape == here[name].shape}
-    width, patch, heads = len(stem), stem.shape[-1], SIGLIP_HEADS.get(len(stem), cfg.vision_heads)
+    heads, hidden = SIGLIP_HEADS.get(len(stem), cfg.vision_heads), len(ours.get("blocks.0.up.bias", ()))
+    rest = f"--vision_layers={layers} --vision_heads={heads} --vision_ffn_dim={hidden}"
     if len(taken) == len(here) and heads == cfg.vision_heads:
         vision.load_state_dict(taken)
         return f"the vision encoder starts from {cfg.init_from}: {cfg.vision_layers} of its {layers} blocks"
     if not {"stem.weight", "stem.bias"} <= set(taken):
-        hidden = len(ours.get("blocks.0.up.bias", ()))
-        raise UserError(f"nothing in {cfg.init_from} fits this vision encoder. It would with --stem=patch "
-                        f"--patch_size={patch} --vision_dim={width}, and all of it with --vision_layers={layers} "
-                        f"--vision_heads={heads} --vision_ffn_dim={hidden} besides")
+        raise UserError(f"nothing in {cfg.init_from} fits this vision encoder. Its patch embedding would with "
+                        f"--stem=patch --patch_size={stem.shape[-1]} --vision_dim={len(stem)}, all of it with {rest} "
+                        "besides")
     vision.load_state_dict({name: taken[name] for name in ("stem.weight", "stem.bias")}, strict=False)
-    return f"the patch embedding starts from {cfg.init_from}; the rest of it does not fit"
+    return f"the patch embedding alone starts from {cfg.init_from}; all of it would with {rest}"
 
 
 def start_from(cfg, model, tagger, data):
