@@ -13,6 +13,7 @@
     python train.py --preset=base --device=cuda
     python train.py --init_from=out/default/best.pt --lora_rank=8 --out_dir=out/tuned
     python train.py --export=model.pt                 best.pt without what only training needs
+    python train.py --bench=True                      speed, cost and memory of training, to out_dir/bench.json
     torchrun --standalone --nproc_per_node=2 train.py
 
 Shapes: B images, K commands for each, T text tokens, M learned tokens, V words.
@@ -31,7 +32,7 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path
@@ -152,6 +153,11 @@ class Data:
         targets[..., :-1] = np.where(learned, following, IGNORE)
         return Batch(*map(torch.from_numpy, (images, tokens, targets, np.stack(tags))))
 
+    def micro_batches(self, update, low, high):
+        """The micro-batches of an update; of each, pictures `low` to `high`, which is the share of one process."""
+        first, size = update * self.cfg.grad_accum * self.cfg.batch_size, self.cfg.batch_size
+        return [self.batch(first + m * size + low, high - low) for m in range(self.cfg.grad_accum)]
+
     def _crop(self, picture, chosen, rng):
         """A random crop of `picture`, resized back, if the chosen commands keep their answers and texts."""
         cfg, size = self.cfg, picture.shape[0]
@@ -237,6 +243,11 @@ def token_weights(targets, cfg):
     weights[(targets == YES) | (targets == NO)] = cfg.answer_weight
     weights[targets == YES] *= cfg.yes_weight
     return weights
+
+
+def total_weight(micros, cfg):
+    """Sum of the weights of all tokens that an update's micro-batches teach, by which it divides its loss."""
+    return sum(token_weights(m.targets[m.targets >= 0], cfg).sum().item() for m in micros)
 
 
 def token_loss(logits, targets, cfg):
@@ -658,6 +669,55 @@ def cut_log(path, step):
         file.truncate(sum(map(len, kept)))
 
 
+# ---- one update ----
+
+class Clock:
+    """Seconds by part of the work: a call names what was done since the last call.
+
+    A GPU works behind the program: with `exact` each call waits for it, which costs time and tells what part took it.
+    """
+
+    def __init__(self, device, exact=False):
+        self.wait = getattr(torch, device.type).synchronize if exact and device.type != "cpu" else lambda: None
+        self.seconds, self.last = Counter(), time.perf_counter()
+
+    def __call__(self, part):
+        self.wait()
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last
+        self.last = now
+
+
+def update(model, tagger, optimizer, scaler, micros, total, read, dtype, cfg, clock):
+    """One update by `micros`, whose learned tokens weigh `total` in all processes: (loss, gradient norm, whether done).
+
+    It is not done where loss or norm are not finite. read, dtype: as for batch_loss and autocast.
+    """
+    model.train()
+    device, loss = model.decoder.embedding.weight.device, 0.0
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
+    for micro in micros:
+        micro = Batch(**{k: t.to(device, non_blocking=True) for k, t in vars(micro).items()})
+        with autocast(dtype, device):
+            share = batch_loss(model, tagger, micro, cfg, total, read)
+        clock("forward")
+        scaler.scale(share).backward()
+        loss += share.item()
+        clock("backward")
+    loss = summed(torch.tensor(loss)).item()
+    sum_gradients(learned)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(learned, cfg.grad_clip or math.inf).item()
+    # float16 meets infinite gradients by design: its scaler skips the update and lowers the scale
+    finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
+    if finite:
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    clock("optimizer")
+    return loss, norm, finite
+
+
 # ---- the loop ----
 
 def show_example(batch, tokenizer):
@@ -696,7 +756,6 @@ def train(cfg):
         model.add_lora(cfg.lora_rank)
     model.to(device)
     optimizer = make_optimizer(model, tagger, cfg, device)
-    learned = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, since_best, top, loss_sum, since = 0, -1.0, 0, [], 0.0, 0     # the last two not logged yet
     if cfg.resume:
@@ -737,10 +796,6 @@ def train(cfg):
             std=meta["std"], data_hash=meta["hash"], words=data.tokenizer.words))
         summed(torch.zeros(1))                              # the others wait until it is written
 
-    def micro_batches(update, low=cfg.batch_size * rank // ranks, high=cfg.batch_size * (rank + 1) // ranks):
-        first = update * cfg.grad_accum * cfg.batch_size
-        return [data.batch(first + m * cfg.batch_size + low, high - low) for m in range(cfg.grad_accum)]
-
     log_path = out / "log.csv" if rank == 0 else Path(os.devnull)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -765,11 +820,11 @@ def train(cfg):
             raise UserError("--tensorboard=True needs the tensorboard package: pip install tensorboard") from None
         board = SummaryWriter(str(out))
 
-    # seconds since the last log line: waiting for data, in validation; that line's time and step
-    waited, looked, mark, marked = 0.0, 0.0, time.time(), step
-    batches = prefetched(micro_batches, step, cfg.max_steps, cfg.prefetch)
+    own = cfg.batch_size * rank // ranks, cfg.batch_size * (rank + 1) // ranks
+    batches = prefetched(lambda i: data.micro_batches(i, *own), step, cfg.max_steps, cfg.prefetch)
     stop = threading.Event()
     interrupt = signal.signal(signal.SIGINT, lambda *_: stop.set())               # Ctrl-C never cuts an update in two
+    clock, marked = Clock(device), step                                           # since the last log line
     try:
         while step < cfg.max_steps:
             model.freeze("vision", cfg.freeze_vision_steps < 0 or step < cfg.freeze_vision_steps)
@@ -777,60 +832,42 @@ def train(cfg):
                 group["lr"] = group["peak"] * lr_scale(step, cfg)
             read = step >= first_stage(cfg)
 
-            before = time.time()
             micros = next(batches)
-            waited += time.time() - before
-            model.train()
-            weights = sum(token_weights(m.targets[m.targets >= 0], cfg).sum().item() for m in micros)
-            total, stopping = summed(torch.tensor([weights, stop.is_set()])).tolist()
+            clock("data")
+            total, stopping = summed(torch.tensor([total_weight(micros, cfg), stop.is_set()])).tolist()
             if stopping:
                 checkpoint(out / "last.pt")
                 print(f"\nstopped at step {step}, saved {out / 'last.pt'}; to go on add --resume=True to the command")
                 raise KeyboardInterrupt
             # The random numbers of an update (dropout) follow from its place, so that a checkpoint need hold no state.
             torch.manual_seed(int(np.random.default_rng([cfg.seed, 2, step, rank]).integers(2 ** 63)))
-            loss = 0.0
-            for micro in micros:
-                micro = Batch(**{k: t.to(device, non_blocking=True) for k, t in vars(micro).items()})
-                with autocast(dtype, device):
-                    share = batch_loss(model, tagger, micro, cfg, total, read)
-                scaler.scale(share).backward()
-                loss += share.item()
-            loss = summed(torch.tensor(loss)).item()
-            sum_gradients(learned)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(learned, cfg.grad_clip or math.inf).item()
-            # float16 meets infinite gradients by design: its scaler skips the update and lowers the scale
-            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            loss, norm, finite = update(model, tagger, optimizer, scaler, micros, total, read, dtype, cfg, clock)
+            if not finite:
                 write(out / "bad_batch.pt", dict(
                     step=step, loss=loss, norm=norm, position=step * cfg.grad_accum * cfg.batch_size,
-                    micro_batches=[vars(micro) for micro in micro_batches(step, 0, cfg.batch_size)]))
+                    micro_batches=[vars(micro) for micro in data.micro_batches(step, 0, cfg.batch_size)]))
                 raise UserError(f"the loss is {loss}, the gradient norm {norm} at step {step}: nothing was updated. "
                                 f"Lower the learning rates, or try --dtype=float32; {out / 'bad_batch.pt'} holds the "
                                 "batch")
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             step, loss_sum, since = step + 1, loss_sum + loss, since + 1
 
             if step % cfg.log_every == 0 or step == cfg.max_steps:
-                now = time.time()
-                spent = now - mark - looked
+                spent = sum(clock.seconds.values()) - clock.seconds["validation"]
                 ms = 1000 * spent / (step - marked)
                 row = [step, loss_sum / since, optimizer.param_groups[-1]["lr"], norm, ms, 1000 * pairs / ms,
-                       waited / spent]
+                       clock.seconds["data"] / spent]
                 stage, end, speed = ("read", cfg.max_steps, f"{row[5]:.0f} pairs/s") if read else \
                     ("see", first_stage(cfg), f"{row[5] / cfg.commands_per_image:.0f} images/s")
                 print(f"{stage} {step}/{end}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  "
                       f"{speed}  wait {100 * row[6]:.0f}%  eta {(end - step) * ms / 1000:.0f} s", flush=True)
-                log.writerow([f"{x:.8g}" for x in row] + ["", "", "", f"{now - start:.1f}"])
+                log.writerow([f"{x:.8g}" for x in row] + ["", "", "", f"{time.time() - start:.1f}"])
                 log_file.flush()
                 if board:
                     for name, value in zip(("loss", "lr", "grad_norm"), row[1:]):
                         board.add_scalar(name, value, step)
-                waited, looked, mark, marked, loss_sum, since = 0.0, 0.0, now, step, 0.0, 0
+                marked, loss_sum, since = step, 0.0, 0
+                clock.seconds.clear()
 
-            before = time.time()
             if read and step % cfg.eval_every == 0 or step == cfg.max_steps:
                 accuracy, val_loss = validate(model, val, cfg, device, dtype)
                 probe = data.batch(0, min(8, cfg.batch_size))
@@ -859,7 +896,7 @@ def train(cfg):
                     top = top[:cfg.save_top]
             if step % cfg.eval_every == 0 or step == cfg.max_steps:
                 checkpoint(out / "last.pt")
-                looked += time.time() - before
+                clock("validation")
                 if cfg.early_stopping and since_best >= cfg.early_stopping:
                     print(f"stopping: no better validation in {since_best} looks")
                     break
