@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import config
 from tokenizer import PAD
@@ -366,9 +367,12 @@ class Decoder(nn.Module):
         """
         (N, T), real = tokens.shape, tokens != PAD
         # M and L are rounded up, with padding kept for it: a CPU compiles each matmul anew for each new size, and sizes
-        # that differ from batch to batch would cost more than all the padding does.
+        # that differ from batch to batch would cost more than all the padding does. That padding is taken from all
+        # over the batch: in one picture's texts it would make L longer for every picture.
         kept = real.flatten()
-        kept = kept.index_fill(0, (~kept).nonzero()[:-int(kept.sum()) % 256, 0], True)
+        spare = (~kept).nonzero()[:, 0]
+        more = min(-int(kept.sum()) % 256, len(spare))
+        kept = kept.index_fill(0, spare[torch.arange(more, device=kept.device) * len(spare) // max(more, 1)], True)
         index = kept.nonzero()[:, 0]                                              # (M,)
         rows, pictures = Packing(index, N, T), None
         if vision is not None:
@@ -612,11 +616,11 @@ def parameter_stats(model):
 
 def forward_flops(model, commands, length):
     """FLOPs of one picture with `commands` texts of `length` tokens, forward; a training step takes 3 times as many."""
-    from torch.utils.flop_counter import FlopCounterMode
     device, size = model.decoder.embedding.weight.device, model.cfg.image_size
     tokens = torch.ones(1, commands, length, dtype=torch.long, device=device)
+    image = torch.zeros(1, 3, size, size, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, size, size, device=device), tokens)
+        model(image, tokens) if commands else model.encode(image)
     return counter.get_total_flops()
 
 
