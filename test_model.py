@@ -2174,6 +2174,40 @@ def test_two_processes_go_on_as_one_would(tmp_path, monkeypatch):
     assert json.loads((Path(two.out_dir) / "train.json").read_text())["test_accuracy"] == alone["test_accuracy"]
 
 
+def test_bench_measures_both_stages_and_saves_nothing_else(tmp_path, monkeypatch):
+    cfg = made_up(tmp_path, max_steps=10, see_steps=4, bench=True)
+    monkeypatch.setattr(train, "growth", lambda cfg: {"layers, text": {n: dict(text_layers=n) for n in (1, 2, 4)}})
+    found = train.train(cfg)
+    assert [path.name for path in Path(cfg.out_dir).iterdir()] == ["bench.json"]
+    assert json.loads((Path(cfg.out_dir) / "bench.json").read_text()) == found
+    assert found["read"]["gflop_done"] > found["see"]["gflop_done"] > found["see"]["gflop"] > 0
+    assert all(found[stage][f"share_{part}"] > 0 for stage in ("see", "read") for part in train.PARTS)
+
+    now, tick = [0.0], 0.01
+
+    def passing():
+        now[0] += tick
+        return now[0]
+
+    def update(model, tagger, optimizer, scaler, micros, total, read, dtype, cfg, clock):
+        torch.ones(4, 8) @ torch.ones(8, 2)
+        for part, seconds in zip(train.PARTS[1:], (0.2, 0.3, 0.02) if read else (0.05, 0.03, 0.01)):
+            now[0] += seconds * cfg.text_layers ** 2 - tick
+            clock(part)
+    monkeypatch.setattr(train.time, "perf_counter", passing)
+    monkeypatch.setattr(train, "update", update)
+    found = train.train(cfg)                                # waiting for data takes one tick, a matmul too
+    for stage, ms, forward, pairs in ("see", 100, 0.5, 0), ("read", 530, 0.2 / 0.53, 16 / 0.53), (
+            "schedule", 358, (4 * 0.05 + 6 * 0.2) / 3.58, 6 * 16 / 3.58):
+        row, peak = found[stage], 2e-9 * 1024 ** 3 / tick
+        assert row["ms"] == pytest.approx(ms) and row["share_forward"] == pytest.approx(forward), stage
+        assert row["share_data"] == pytest.approx(1000 * tick / ms) and row["pairs_per_s"] == pytest.approx(pairs)
+        assert row["images_per_s"] == pytest.approx(4000 / ms) and row["gflop_done"] == pytest.approx(128e-9)
+        assert row["share_of_peak_done"] == pytest.approx(128e-9 / (ms / 1000) / peak)
+    assert found["cost"]["layers, text"]["exponent"] == pytest.approx(2)
+    assert found["cost"]["layers, text"]["ms"] == pytest.approx([520, 2080, 8320])
+
+
 def test_learning_rate_warms_up_and_decays():
     cfg = config.from_args(["--warmup_steps=10", "--max_steps=110", "--min_lr=0.1"])
     scale = [train.lr_scale(s, cfg) for s in range(110)]
@@ -3868,6 +3902,8 @@ def told(drawn, tmp_path_factory):
         patch.setattr(evaluate, "blind_model", lambda subject, meta: blind(subject, meta, 2, 8))
         evaluate.evaluate(cfg)
     (out / "log.csv").write_text("step,loss,lr,grad_norm,val_accuracy\n1,2.5,0.1,3,\n1,,,,0.5\n")
+    (out / "bench.json").write_text(json.dumps(dict(device="cpu", dtype="float32", threads=1, cost={
+        name: dict(size=[1, 2], ms=[10, 40], exponent=2) for name in ("size, a", "size, b", "commands", "times, c")})))
     return cfg
 
 

@@ -728,17 +728,12 @@ def update(model, tagger, optimizer, scaler, micros, total, read, dtype, cfg, cl
 
 # ---- how fast ----
 
-def growth(cfg):
-    """What to vary to see how the cost of an update grows: {name: {size: settings that change}}."""
-    def times(n, *names):
-        return {name: n * getattr(cfg, name) for name in names}
-    widths = ("stem_width", "vision_dim", "vision_ffn_dim", "text_dim", "text_head_dim", "text_ffn_dim")
-    return {
-        **{f"image size, patches of {patch}": {size: dict(image_size=size, patch_size=patch)
-                                               for size in range(64, 225, 32)} for patch in (16, 8)},
-        "commands an image": {k: dict(commands_per_image=k, descriptions_per_image=k // 4) for k in (1, 2, 4, 8, 16)},
-        "times as wide": {n: times(n, *widths) for n in (1, 2, 3, 4)},
-        "times as deep": {n: times(n, "vision_layers", "text_layers") for n in (1, 2, 3, 4)}}
+def learner(cfg, vocab_size, device, dtype):
+    """What update() takes first: a new model, its tagger, optimizer and scaler."""
+    model = VLM(cfg, vocab_size).to(device)
+    tagger = WordTagger(cfg.text_dim).to(device) if cfg.tag_weight else None
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return model, tagger, make_optimizer(model, tagger, cfg, device), scaler
 
 
 def peak_memory(device):
@@ -752,26 +747,20 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-def bench(cfg, meta, device, dtype, turns=4, updates=8):
-    """Measure what training costs here, print it and write it to out_dir/bench.json; no validation, no checkpoint.
+def time_updates(cfg, data, device, dtype, turns=4, updates=8):
+    """What updates cost: {"see", "read", and "schedule", the mean of these weighted by how many there are: a dict}.
 
-    The updates of both stages take turns with a square matmul, the yardstick. FLOPs are counted twice: `model` is what
-    the real tokens need by the configuration (forward and twice that backward, no padding, no tagger), `done` what the
-    updates ran. The last part varies sizes (see `growth`): the least time of an update of the second stage with a
-    quarter of the batch and random pixels, and the exponent e of time ~ size^e.
+    ms and its shares; pictures and pairs a second (the first stage reads none); FLOPs by the configuration, which are
+    what real tokens need (forward, and twice that backward; no padding, no tagger), and those done; the share of the
+    peak that either is. The peak is the best of square matmuls that take turns with the updates. The first updates of a
+    turn find data that were made ready while other things ran, so they do not count.
     """
-    def learner(cfg):
-        model = VLM(cfg, len(data.tokenizer)).to(device)
-        tagger = WordTagger(cfg.text_dim).to(device) if cfg.tag_weight else None
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        return model, tagger, make_optimizer(model, tagger, cfg, device), scaler
-
-    data, clock, seconds, rates = Data(cfg, meta, "train"), Clock(device, exact=True), {}, []
+    parts, clock = learner(cfg, len(data.tokenizer), device, dtype), Clock(device, exact=True)
+    rates, rows, done = [], {}, {}
     images, K, block = cfg.batch_size * cfg.grad_accum, cfg.commands_per_image, cfg.prefetch + updates
     stages = {stage: n for stage, n in (("see", first_stage(cfg)), ("read", cfg.max_steps - first_stage(cfg))) if n}
     batches = {stage: prefetched(lambda i: data.micro_batches(i, 0, cfg.batch_size), 0, turns * block, cfg.prefetch)
                for stage in stages}
-    parts, done = learner(cfg), {}
     for turn in range(turns):                               # the first warms up and counts
         for stage in stages:
             with contextlib.nullcontext() if turn else FlopCounterMode(display=False) as counter:
@@ -781,60 +770,89 @@ def bench(cfg, meta, device, dtype, turns=4, updates=8):
                     micros = next(batches[stage])
                     clock("data")
                     update(*parts, micros, total_weight(micros, cfg), stage == "read", dtype, cfg, clock)
-                    if turn and i >= cfg.prefetch:          # those before were made ready while other things ran
-                        seconds.setdefault(stage, []).append([clock.seconds[part] for part in PARTS])
+                    if turn and i >= cfg.prefetch:
+                        rows.setdefault(stage, []).append([clock.seconds[part] for part in PARTS])
             if turn == 0:
-                done[stage], memory = counter.get_total_flops() / block, peak_memory(device)
+                done[stage], memory = 1e-9 * counter.get_total_flops() / block, peak_memory(device)
             for n in (512, 1024) if device.type == "cpu" else (4096, 8192):
                 square = torch.randn(n, n, device=device, dtype=dtype)
                 clock("between")
                 square @ square
                 clock("matmul")
-                rates.append(2 * n ** 3 / clock.seconds.pop("matmul"))
+                rates.append(2e-9 * n ** 3 / clock.seconds["matmul"])
+                clock.seconds.clear()
     length = round(np.mean([(m.tokens != PAD).sum(-1).float().mean() for m in micros]))
-    rows, peak, table = {}, max(rates), {}
     for stage in stages:
-        model = 3 * images * forward_flops(parts[0], K * (stage == "read"), length)
-        rows[stage] = np.append(np.mean(seconds[stage], 0), [model, done[stage], images, images * K * (stage == "read")])
+        asked = K * (stage == "read")
+        rows[stage] = np.append(np.mean(rows[stage], 0), [
+            3e-9 * images * forward_flops(parts[0], asked, length), done[stage], images, images * asked])
     rows["schedule"] = sum(n * rows[stage] for stage, n in stages.items()) / cfg.max_steps
-    print(f"matmul peak {peak / 1e9:.1f} GFLOP/s, memory {f'{memory:.0f} MB' if memory else 'unknown'}")
+    peak = max(rates)
+    found = dict(matmul_gflops=peak, memory_mb=memory, text_length=length)
     for name, row in rows.items():
         spent, (model, ran, seen, pairs) = row[:4].sum(), row[4:]
-        table[name] = dict(
-            ms=1000 * spent, images_per_s=seen / spent, pairs_per_s=pairs / spent, **dict(zip(PARTS, row / spent)),
-            gflop_model=model / 1e9, gflop_done=ran / 1e9, peak_model=model / spent / peak, peak_done=ran / spent / peak)
-        print(f"{name:<9} {1000 * spent:7.1f} ms  {seen / spent:7.1f} images/s  {pairs / spent:7.1f} pairs/s  "
-              + "  ".join(f"{part} {100 * table[name][part]:.1f}%" for part in PARTS)
-              + f"  {model / 1e9:.1f} GFLOP, {ran / 1e9:.1f} done: {100 * table[name]['peak_model']:.0f}% and "
-              f"{100 * table[name]['peak_done']:.0f}% of the peak", flush=True)
-    cost, few = {}, max(1, cfg.batch_size // 4)
+        found[name] = dict(
+            ms=1000 * spent, **{f"share_{part}": share for part, share in zip(PARTS, row / spent)},
+            images_per_s=seen / spent, pairs_per_s=pairs / spent, gflop=model, gflop_done=ran,
+            gflop_per_pair=model / pairs if pairs else 0.0, share_of_peak=model / spent / peak,
+            share_of_peak_done=ran / spent / peak)
+    return found
+
+
+def growth(cfg):
+    """What to vary to see how cost grows: {name: {size: settings that change}}; a name is "axis, series"."""
+    def times(n, *names):
+        return {name: n * getattr(cfg, name) for name in names}
+    wide = ("stem_width", "vision_dim", "vision_ffn_dim", "text_dim", "text_head_dim", "text_ffn_dim")
+    return {
+        **{f"image size, patches of {patch}": {size: dict(image_size=size, patch_size=patch)
+                                               for size in range(64, 225, 32)} for patch in (16, 8)},
+        "commands an image": {k: dict(commands_per_image=k, descriptions_per_image=k // 4) for k in (1, 2, 4, 8, 16)},
+        "times as large, width": {n: times(n, *wide) for n in (1, 2, 3, 4)},
+        "times as large, depth": {n: times(n, "vision_layers", "text_layers") for n in (1, 2, 3, 4)}}
+
+
+def time_growth(cfg, meta, device, dtype):
+    """{name: sizes, the least ms of a second-stage update with a quarter of the batch, e of the fit ms ~ size^e}."""
+    found, clock, few = {}, Clock(device, exact=True), max(1, cfg.batch_size // 4)
     for name, points in growth(cfg).items():
         least = []
         for changes in points.values():
             sized = type(cfg)(**dict(vars(cfg), **changes))
-            batch, parts = Data(sized, meta, "train").batch(0, few), learner(sized)
+            data = Data(sized, meta, "train")
+            batch, parts, spent = data.batch(0, few), learner(sized, len(data.tokenizer), device, dtype), []
             batch.images = torch.randn(few, 3, sized.image_size, sized.image_size)
-            taken = []
             for _ in range(4):
                 clock("between")
                 clock.seconds.clear()
                 update(*parts, [batch], total_weight([batch], cfg), True, dtype, sized, clock)
-                taken.append(1000 * sum(clock.seconds.values()))
-            least.append(min(taken))
+                spent.append(1000 * sum(clock.seconds.values()))
+            least.append(min(spent))
         exponent = np.polyfit(np.log(list(points)), np.log(least), 1)[0]
-        cost[name] = dict(size=list(points), ms=least, exponent=exponent)
-        print(f"{name}: time ~ size^{exponent:.2f}; "
-              + ", ".join(f"{size}: {ms:.0f} ms" for size, ms in zip(points, least)), flush=True)
-    result = dict(device=str(device), dtype=str(dtype)[6:], threads=torch.get_num_threads(), torch=torch.__version__,
-                  matmul_gflops=peak / 1e9, memory_mb=memory, **table, cost=cost)
+        found[name] = dict(size=list(points), ms=least, exponent=exponent)
+    return found
+
+
+def bench(cfg, meta, device, dtype):
+    """Measure what training costs, without validation or checkpoints; printed and written to out_dir/bench.json."""
+    found = time_updates(cfg, Data(cfg, meta, "train"), device, dtype)
+    stages = [stage for stage in ("see", "read", "schedule") if stage in found]
+    print("\n".join(f"{key:<20}{value}" for key, value in found.items() if key not in stages))
+    print(f"{'of an update':<20}" + "".join(f"{stage:>10}" for stage in stages))
+    for key in found["schedule"]:
+        print(f"{key:<20}" + "".join(f"{found[stage][key]:>10.4g}" for stage in stages), flush=True)
+    found["cost"] = time_growth(cfg, meta, device, dtype)
+    for name, entry in found["cost"].items():
+        print(f"{name}: time ~ size^{entry['exponent']:.2f}; "
+              + ", ".join(f"{size}: {ms:.0f} ms" for size, ms in zip(entry["size"], entry["ms"])))
+    found.update(device=str(device), dtype=str(dtype)[6:], threads=torch.get_num_threads(), torch=torch.__version__)
     path = Path(cfg.out_dir) / "bench.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
-    print(f"written to {path}")
-    return result
+    return found
 
 
 # ---- the loop ----

@@ -676,6 +676,31 @@ def figure_training(story):
         "balanced accuracy."
 
 
+def figure_cost(story):
+    path = Path(story.cfg.out_dir) / "bench.json"
+    if not path.exists():
+        return None
+    bench = json.loads(path.read_text(encoding="utf-8"))
+    figure, axes = plot(1, 3, 2.1)
+    panels = dict(zip(dict.fromkeys(name.split(", ")[0] for name in bench["cost"]), axes[0]))
+    for name, entry in bench["cost"].items():
+        size, _, series = name.partition(", ")
+        panels[size].plot(entry["size"], entry["ms"], "o-", color=SERIES[len(panels[size].lines)],
+                          label=f"{series or 'time'} ∝ size$^{{{entry['exponent']:.2f}}}$")
+        panels[size].set(xlabel=size, xscale="log", yscale="log")
+        panels[size].set_xticks(entry["size"], entry["size"])
+        panels[size].minorticks_off()
+    for axis in axes[0]:
+        low, high = axis.get_ylim()
+        ticks = [n * 10 ** k for k in range(-3, 7) for n in (1, 2, 5) if low <= n * 10 ** k <= high]
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.legend()
+    axes[0, 0].set_ylabel("ms an update")
+    return figure, "How the cost of training grows: the least time of an update of the second stage with a quarter " \
+        f"of the batch, on {bench['device']} in {bench['dtype']}, {bench['threads']} threads. Both axes are " \
+        "logarithmic; the exponent is the slope of the line fitted to all points. From python train.py --bench=True."
+
+
 def figure_calibration(story):
     asked, page = story.asked, story.page["calibration"]
     figure, axes = plot(2, 3, 2.9, height_ratios=(3, 1), sharey="row")
@@ -842,8 +867,8 @@ def figure_architecture(story):
 
 FIGURES = {                   # name: (section of the report, function)
     "pictures": ("data", figure_pictures), "architecture": ("model", figure_architecture),
-    "training": ("training", figure_training), "accuracy": ("accuracy", figure_accuracy),
-    "complexity": ("accuracy", figure_complexity),
+    "training": ("training", figure_training), "cost": ("training", figure_cost),
+    "accuracy": ("accuracy", figure_accuracy), "complexity": ("accuracy", figure_complexity),
     "words": ("attention", figure_scene("words", "A map for each word, and for the answer, which is made at “?”. "
                                         "Words before the object cannot know what will be asked.")),
     "layers": ("attention", figure_scene("layers", "The same layer after layer (animated; print shows the first).")),
