@@ -1956,7 +1956,9 @@ def test_pictures_of_every_kind_become_upright_rgb(tmp_path):
     palette = red.convert("P", palette=Image.Palette.ADAPTIVE)
     deep = Image.fromarray(np.full((30, 40), 120 * 256 + 7, np.uint16))
     kinds = {"grey.png": grey, "grey.jpg": grey, "deep.png": deep, "rgba.png": red.convert("RGBA"), "plain.jpg": red,
-             "cmyk.jpg": red.convert("CMYK"), "palette.png": palette}
+             "cmyk.jpg": red.convert("CMYK"), "palette.png": palette,
+             "deeper.tif": Image.fromarray(np.full((30, 40), 120 * 257, np.int32)),
+             "grey.tif": grey.convert("F"), "greyer.tif": Image.fromarray(np.full((30, 40), 120 / 255, np.float32))}
     for name, image in kinds.items():
         image.save(tmp_path / name)
         colour = (120, 120, 120) if name[0] in "gd" else (200, 30, 60)
