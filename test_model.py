@@ -3906,6 +3906,30 @@ def test_examples_are_drawn_by_the_seed(told, monkeypatch):
     visualize.plt.close("all")
 
 
+def test_wrong_answers_stand_beside_the_truth(told, monkeypatch):
+    monkeypatch.setattr(visualize, "draw_panels", keep := Kept(visualize.draw_panels))
+    story = visualize.Story(told)
+    for record in story.failures:
+        record["suspected_label_error"] = record is story.failures[0]
+    _, caption = visualize.figure_wrong(story)
+    assert len(keep.panels) == 10 and keep.panels[6] is keep.panels[9] is visualize.NOTHING and "of the 1 " in caption
+    record, panel = story.failures[0], keep.panels[5]
+    assert panel.label == visualize.tidy(record["command"]) + "?" and panel.note.endswith(f"{record['type']} error")
+    assert panel.note.startswith(f"said {'NO' if record['truth'] == 'YES' else 'YES'}")
+    assert np.array_equal(panel.picture, story.asked.data.images[story.asked.picture[story.at[record["item"]]]])
+    visualize.plt.close("all")
+
+
+def test_kinds_and_commands_that_are_mixed_up_are_drawn(told):
+    story = visualize.Story(told)
+    story.page["failures"]["confusions"] = [dict(asked="car", present="bus", n=30, said_yes=40, elsewhere=10, times=4)]
+    story.page["failures"]["command_pairs"] = dict(
+        templates=["and", "or"], n=[[20, 30], [30, 19]], same=[[50, 40], [40, 30]], expected=[[10, 20], [20, 30]])
+    kinds, pairs = (axis.images[0].get_array() for axis in visualize.figure_pairs(story)[0].axes[:2])
+    assert kinds.compressed().tolist() == [30] and pairs.filled(-1).tolist() == [[40, -1], [20, -1]]
+    visualize.plt.close("all")
+
+
 def test_the_interactive_page_holds_the_models_own_maps(told, capsys):
     visualize.main(changed(told, page=True))
     text = (Path(told.out_dir) / "page.html").read_text(encoding="utf-8")

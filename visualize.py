@@ -139,6 +139,7 @@ plt.rcParams.update({
 Panel = namedtuple("Panel", "picture map label note boxes accent query", defaults=(None, "", "", (), False, None))
 # picture uint8 (S, S, 3); map (side, side), which sums to 1, or the difference of two such, which sums to 0; text above
 # and below; labels whose boxes to outline; accent: the answer's; query: (row, column) of a patch to mark
+NOTHING = Panel(None)         # fills a row
 
 
 def save(drawn, path, dpi):
@@ -233,6 +234,8 @@ def draw_panels(panels, columns, title, subtitle, rows=(), vmax=0.0):
     looks, shown = {False: (overlay_colours(), scale),
                     True: (overlay_colours("PuOr", True), SymLogNorm(1, vmin=-most, vmax=most))}, {}
     for i, panel in enumerate(panels):
+        if panel is NOTHING:
+            continue
         axes = place(left + i % columns * (size + GAP), top + i // columns * step + above, size, size)
         axes.set(xticks=[], yticks=[])
         axes.set_title("\n".join(wrapped(panel.label, size + GAP, font)), fontsize=font, pad=2.5, loc="center",
@@ -592,7 +595,6 @@ def figure_failures(story):
     usual = np.percentile(evaluate.entropy(story.answer_maps.astype(np.float64)), 90)
     diffuse, hit = evaluate.entropy(maps) > usual, evaluate.pointing(maps, covers) > 0.5
     odds = np.concatenate(list(story.subject.ask(asked.jobs(missed))))
-    nothing = Panel(np.full((1, 1, 3), 255, np.uint8))
     for name, mine in {"wrong region": ~diffuse & ~hit, "diffuse": diffuse,
                        "right region, wrong answer": ~diffuse & hit}.items():
         rows.append(f"{name}\nn={mine.sum()}\n{100 * mine.mean():.0f}%")
@@ -603,12 +605,34 @@ def figure_failures(story):
             said = f"NO ({100 / (1 + math.exp(odds[k])):.0f}%)\n"
             panels.append(Panel(asked.data.images[asked.picture[i]], found, tidy(asked.items[i]["command"]) + "?",
                                 said + numbers(found, boxes, cfg.image_size), boxes))
-        panels += [nothing] * (columns - len(chosen))
+        panels += [NOTHING] * (columns - len(chosen))
     return draw_panels(panels, columns, ["Objects that were there and were denied"], maps_line(cfg), rows), (
         f"All {len(missed)} false negatives about objects, sorted by the answer's map; those shown are drawn at random "
         f"within each type (seed {story.seed}). Diffuse: an entropy above {usual:.2f} nats, the 90th percentile of "
         f"{len(story.answer_maps)} random answers. Of the rest, right region: the largest patch touches a box, as a "
         f"random one would in {100 * (covers > 0).mean():.0f}%.")
+
+
+def figure_wrong(story):
+    asked, columns, panels, rows = story.asked, 5, [], []
+    sure = [r for r in story.failures if r["suspected_label_error"]]
+    for name, mine in (("any wrong answer", story.failures), ("sure, in all words", sure)):
+        if not mine:
+            continue
+        rows.append(f"{name}\nn={len(mine)}")
+        chosen = story.rng().permutation(len(mine))[:columns]
+        for r in (mine[k] for k in chosen):
+            said, p = ("YES", r["p_yes"]) if r["truth"] == "NO" else ("NO", 1 - r["p_yes"])
+            note = f"said {said} ({100 * p:.0f}%)\ntruth: {tidy(r['reason'])}\n{r['type']} error"
+            i = story.at[r["item"]]
+            panels.append(Panel(asked.data.images[asked.picture[i]], None, tidy(r["command"]) + "?",
+                                "\n".join(wrapped(note, PANEL, FONT - 1)), story.boxes(i)[-1]))
+        panels += [NOTHING] * (columns - len(chosen))
+    return panels and (draw_panels(panels, columns, ["Wrong answers, beside the truth"], "Outlined: what makes the "
+                                   "answer YES, where a box does.", rows), (
+        f"Upper row: {columns} of {len(story.failures)} wrong answers, drawn at random (seed {story.seed}). Lower row: "
+        f"of the {len(sure)} that were wrong with over 95% confidence in every wording, where one looks for errors of "
+        "the labels or the rules first. Error: see the text above."))
 
 
 # ---- figures of a set: numbers ----
@@ -773,21 +797,29 @@ def figure_specialisation(story):
 
 
 def figure_pairs(story):
-    found = story.page["failures"]["confusions"]
+    found, pairs = story.page["failures"]["confusions"], story.page["failures"]["command_pairs"]
     if not found:
         return None
     kinds = [c for c in commands.CATEGORIES if any(c in (e["asked"], e["present"]) for e in found)]
-    table = np.full((len(kinds), len(kinds)), np.nan)
+    taken = np.full((len(kinds), len(kinds)), np.nan)
     for e in found:
-        table[kinds.index(e["asked"]), kinds.index(e["present"])] = round(e["said_yes"] - e["elsewhere"]) + 0.0
-    most, (figure, axes) = np.nanmax(np.abs(table)), plot(1, 1, 2.9, 4.4)
-    heat(axes[0, 0], table, kinds, kinds, "{:+.0f}", "PuOr_r", Normalize(-most, most), "points of YES added",
-         ylabel="asked for, and not there", xlabel="what stands there")
-    plt.setp(axes[0, 0].get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
-    return figure, "Questions with the answer NO: by how many points a false YES is more frequent where the other " \
-        "kind stands at the place asked about. The largest ratio: asked for a {asked} that is not there, YES to " \
-        "{said_yes:.0f}% where a " \
-        "{present} is (n={n}), to {elsewhere:.0f}% where none is. Grey: under 20 questions.".format(**found[0])
+        taken[kinds.index(e["asked"]), kinds.index(e["present"])] = round(e["said_yes"] - e["elsewhere"]) + 0.0
+    names, n = pairs["templates"], np.array(pairs["n"])
+    more = np.round(np.subtract(pairs["same"], pairs["expected"])) + 0.0
+    mixed = np.where((n < 20) | (np.triu(n, 1) > 0), np.nan, more)
+    figure, axes = plot(1, 2, 3.1)
+    for axis, table, ticks, bar, labels in (
+            (axes[0, 0], taken, kinds, "points of YES added", dict(
+                title="kinds", ylabel="asked for, and not there", xlabel="what stands there")),
+            (axes[0, 1], mixed, names, "points over chance", dict(title="commands"))):
+        most = max(1.0, np.nanmax(np.abs(table), initial=0))
+        heat(axis, table, ticks, ticks, "{:+.0f}", "PuOr_r", Normalize(-most, most), bar, **labels)
+        plt.setp(axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
+    return figure, "Left: questions with the answer NO: by how many points a false YES is more frequent where the " \
+        "other kind stands at the place asked about. The largest ratio: asked for a {asked} that is not there, YES " \
+        "to {said_yes:.0f}% where a {present} is (n={n}), to {elsewhere:.0f}% where none is. Right: two commands " \
+        "about one picture whose true answers differ: how much more often both get the same answer than if their " \
+        "errors were independent. Grey: under 20 questions or pairs.".format(**found[0])
 
 
 def figure_architecture(story):
@@ -854,7 +886,7 @@ FIGURES = {                   # name: (section of the report, function)
     "vision": ("attention", figure_scene("vision", "How patches look at one another before any word is read.")),
     "text": ("attention", figure_scene("text", "How tokens look back at one another.")),
     "calibration": ("calibration", figure_calibration), "failures": ("failures", figure_failures),
-    "pairs": ("failures", figure_pairs)}
+    "wrong": ("failures", figure_wrong), "pairs": ("failures", figure_pairs)}
 
 # ---- the report ----
 
