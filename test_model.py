@@ -937,7 +937,7 @@ def test_overrides_are_cast_to_the_type_of_their_default(capsys):
     ("--text_kv_heads=3", "text_heads=8"), ("--text_head_dim=15", "even"), ("--batch_size=0", "above 0"),
     ("--vision_dim=6 --vision_heads=1 --vision_positions=sincos", "divisible by 4"), ("--dropout=1", "below 1"),
     ("--flip=1.5", "flip"), ("--workers=-1", "negative"), ("batch_size=3", "--key=value"),
-    ("--seed=9223372036854775808", "below 2**63"),
+    ("--seed=9223372036854775808", "below 2**63"), ("--dpi=99999", "at most 1200"),
     ("--batch_size", "--key=value"),
 ])
 def test_a_wrong_setting_is_one_line_that_says_what_would_work(argument, says):
