@@ -1080,9 +1080,11 @@ function paint(g, map, width) {
 }
 function draw() {
   const c = now(), map = mapOf(state.word, state.layer, state.head), g = byId("map").getContext("2d"), W = 640;
-  g.filter = "grayscale(1) contrast(0.4) brightness(1.45)";
   g.drawImage(D.scenes[state.scene].picture, 0, 0, W, W);
-  g.filter = "none";
+  for (const [mode, colour] of [["saturation", "#888"], ["source-over", "#dddddda0"]]) {   // grey and pale
+    Object.assign(g, {globalCompositeOperation: mode, fillStyle: colour});
+    g.fillRect(0, 0, W, W);
+  }
   paint(g, map, W);
   if (byId("boxes").checked) for (const [x1, y1, x2, y2] of c.boxes[state.word])
     for (const [line, colour] of [[7, "#fff"], [3.5, "#00735a"]]) {
