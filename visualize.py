@@ -270,7 +270,7 @@ def draw_panels(panels, columns, title, subtitle, rows=(), vmax=0.0):
         bar.set_facecolor(str(BACK))
         if kind:
             ticks = [tick for tick in (-16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16) if abs(tick) <= most]
-            texts, name = [f"{tick:+d}×" if tick else "0" for tick in ticks], "second − first, / uniform"
+            texts, name = [f"{tick:+d}×" if tick else "0" for tick in ticks], "(second − first) / uniform"
         else:
             steps = (1,) if scale.vmax > 8 else (1, 1.5)    # 1, 1.5, 2, 3, 4 ... or, on a long scale, powers of 2
             ticks = [m * 2 ** k for k in range(20) for m in steps if m * 2 ** k <= scale.vmax]
@@ -642,10 +642,10 @@ def figure_accuracy(story):
     (left, middle, right), controls, by = axes[0], page["controls"], page["by"]["template"]
     intervals(left, {"all": page["overall"], **page["by"]["family"], **controls}, others=controls)
     left.set_title("families, and controls")
-    intervals(middle, by, label="model", bars=False)
+    intervals(middle, by, shift=-0.3, label="model", bars=False)
     for k, name in enumerate(controls):
-        intervals(middle, {t: page["controls_by_template"][t][name] for t in by}, SERIES[3 - k], shift=0.22 * (k - 1),
-                  label=name, bars=False)
+        intervals(middle, {t: page["controls_by_template"][t][name] for t in by}, SERIES[3 - k],
+                  shift=0.2 * k - 0.1, label=name, bars=False)
     middle.set_title("templates")
     figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     for axis in (left, middle):
@@ -749,7 +749,7 @@ def figure_grounding(story):
     side = story.cfg.image_size // story.cfg.patch_size
     patches = [round(side * side * share) for share in probe["share_of_patches"]]
     for axis, name, done in zip(axes[1], ("deletion", "insertion"), ("taken away", "shown")):
-        for key, colour, label in (("curve", SERIES[0], "by attention"), ("random_curve", SERIES[3], "random order")):
+        for key, colour, label in (("random_curve", SERIES[3], "random order"), ("curve", SERIES[0], "by attention")):
             axis.plot(probe[name][key], "o-", color=colour, label=label)
         axis.set_xticks(range(len(patches)), patches)
         area = [probe[name][kind]["value"] or 0 for kind in ("attention", "random")]
@@ -906,9 +906,10 @@ figure img { display: block; width: 100%; max-width: var(--w); height: auto; mar
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td:nth-child(2) { white-space: nowrap }
-@media (max-width: 640px) { figure img { min-width: min(var(--w), 34rem) } td:last-child { min-width: 12rem } }
+@media (max-width: 640px) { figure img { min-width: min(var(--w), 34rem) } table { font-size: .78rem }
+  th, td { padding-right: .5rem } td:last-child { min-width: 5rem } }
 @media print { :root { --ink: #000; --quiet: #444; --back: #fff; --line: #bbb; --accent: #000 } nav { display: none }
-  body { font-size: 10pt; max-width: none } .wide { overflow: visible } figure, tr { break-inside: avoid }
+  body { font-size: 10pt; max-width: none } .wide { overflow: visible } figure, table { break-inside: avoid }
   figure img { max-height: 22cm; width: auto; max-width: 100% } h2 { break-after: avoid } }
 """
 
