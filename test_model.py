@@ -3950,14 +3950,16 @@ def test_the_interactive_page_holds_the_models_own_maps(told, capsys):
     assert len(data["scenes"]) == 8
 
 
-def test_evaluation_files_that_are_missing_broken_or_stale_are_named(told, tmp_path):
+def test_evaluation_files_that_are_missing_broken_or_stale_are_named(told, tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "FIGURES", {"accuracy": visualize.FIGURES["accuracy"]})
     copied = changed(told, out_dir=str(tmp_path), checkpoint=str(Path(told.out_dir) / "best.pt"))
     page = json.loads((Path(told.out_dir) / "eval.json").read_text(encoding="utf-8"))
     for name, content, words_wanted in [
             ("eval.json", None, ["no", "eval.json"]), ("attention.npz", None, ["attention.npz"]),
             ("eval.json", "{", ["cannot be read"]), ("failures.jsonl", "{", ["cannot be read"]),
             ("attention.npz", "x", ["cannot be read"]),
-            ("eval.json", json.dumps(dict(page, step=9)), ["step 9", "step 0"])]:
+            ("eval.json", json.dumps(dict(page, step=9)), ["step 9", "step 0"]),
+            ("eval.json", json.dumps({k: v for k, v in page.items() if k != "overall"}), ["'overall'", "version"])]:
         for file in ("eval.json", "failures.jsonl", "attention.npz"):
             shutil.copy(Path(told.out_dir) / file, tmp_path / file)
         (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)

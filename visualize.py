@@ -1285,7 +1285,11 @@ def tell_story(cfg):
 def main(cfg):
     wanted = [name for name in ("image", "command", "command2", "page") if getattr(cfg, name)]
     if not wanted:
-        tell_story(cfg)
+        try:
+            tell_story(cfg)
+        except KeyError as error:
+            raise UserError(f"{Path(cfg.out_dir) / 'eval.json'} holds no {error}, so another version of evaluate.py "
+                            f"made it: run python evaluate.py --out_dir={cfg.out_dir}") from error
     elif wanted == ["page"]:
         path = Path(cfg.out_dir) / "page.html"
         write_page(path, Story(cfg))
