@@ -679,10 +679,9 @@ def figure_complexity(story):
 
 
 def figure_training(story):
-    try:
-        with open(Path(story.cfg.out_dir) / "log.csv", encoding="utf-8") as file:
-            log = list(csv.DictReader(file))
-    except OSError:
+    path = Path(story.cfg.out_dir) / "log.csv"
+    log = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    if not log:
         return None
     figure, axes = plot(1, 4, 1.9)
     stage = train.first_stage(story.cfg)
