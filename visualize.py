@@ -270,7 +270,8 @@ def draw_panels(panels, columns, title, subtitle, rows=(), vmax=0.0):
         bar.set_facecolor(str(BACK))
         if kind:
             ticks = [tick for tick in (-16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16) if abs(tick) <= most]
-            texts, name = [f"{tick:+d}×" if tick else "0" for tick in ticks], "(second − first) / uniform"
+            texts = [f"{tick:+d}×".replace("-", "−") if tick else "0" for tick in ticks]
+            name = "(second − first) / uniform"
         else:
             steps = (1,) if scale.vmax > 8 else (1, 1.5)    # 1, 1.5, 2, 3, 4 ... or, on a long scale, powers of 2
             ticks = [m * 2 ** k for k in range(20) for m in steps if m * 2 ** k <= scale.vmax]
@@ -388,6 +389,7 @@ def draw_text(shot, cfg):
     tokens, columns = ["[SOS]"] + shot["words"] + ["?"], min(4, cfg.text_layers)
     rows, T = math.ceil(cfg.text_layers / columns), len(tokens)
     figure, axes = plot(rows, columns, 0.5 + 2.05 * rows)
+    figure.set_layout_engine("compressed")                  # squares side by side, the colour bar as high as they
     for number, axis in enumerate(axes.flat):
         if number >= cfg.text_layers:
             axis.axis("off")
