@@ -231,6 +231,7 @@ def check(cfg):
     for name in positive:
         need(0 < getattr(cfg, name) < math.inf, f"{name} must be above 0 and finite, got {getattr(cfg, name)}")
     need(cfg.commands_stored >= 2, f"commands_stored must be at least 2, one YES and one NO, got {cfg.commands_stored}")
+    need(cfg.dpi <= 1200, f"dpi must be at most 1200, got {cfg.dpi}: 300 is enough for print")
     need(cfg.seed < 2 ** 63, f"seed must be below 2**63, got {cfg.seed}")
     need(cfg.freeze_vision_steps >= -1, f"freeze_vision_steps must be -1, 0 or more, got {cfg.freeze_vision_steps}")
     need(not cfg.lora_rank or cfg.init_from,

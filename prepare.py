@@ -795,9 +795,12 @@ def load_picture(path, size=None, with_size=False):
             sides = image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
             if size:
                 image.draft("RGB", (3 * size // 2, 3 * size // 2))
-            if image.mode.startswith("I;16"):          # 16 bit grey: Pillow's own conversion clips it to white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":                  # grey of 16 or more bits: Pillow's own conversion clips it
+                grey = np.nan_to_num(np.asarray(image, np.float32))
+                white = 1 if grey.max() <= 1 else 255 if grey.max() <= 255 else 65535
+                image = Image.fromarray((grey * (255 / white)).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGB")
             image = image.resize((size, size), Image.BICUBIC, reducing_gap=2.0) if size else image
             return (image, sides) if with_size else image
     except FileNotFoundError:

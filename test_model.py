@@ -937,7 +937,7 @@ def test_overrides_are_cast_to_the_type_of_their_default(capsys):
     ("--text_kv_heads=3", "text_heads=8"), ("--text_head_dim=15", "even"), ("--batch_size=0", "above 0"),
     ("--vision_dim=6 --vision_heads=1 --vision_positions=sincos", "divisible by 4"), ("--dropout=1", "below 1"),
     ("--flip=1.5", "flip"), ("--workers=-1", "negative"), ("batch_size=3", "--key=value"),
-    ("--seed=9223372036854775808", "below 2**63"),
+    ("--seed=9223372036854775808", "below 2**63"), ("--dpi=99999", "at most 1200"),
     ("--batch_size", "--key=value"),
 ])
 def test_a_wrong_setting_is_one_line_that_says_what_would_work(argument, says):
@@ -1956,7 +1956,9 @@ def test_pictures_of_every_kind_become_upright_rgb(tmp_path):
     palette = red.convert("P", palette=Image.Palette.ADAPTIVE)
     deep = Image.fromarray(np.full((30, 40), 120 * 256 + 7, np.uint16))
     kinds = {"grey.png": grey, "grey.jpg": grey, "deep.png": deep, "rgba.png": red.convert("RGBA"), "plain.jpg": red,
-             "cmyk.jpg": red.convert("CMYK"), "palette.png": palette}
+             "cmyk.jpg": red.convert("CMYK"), "palette.png": palette,
+             "deeper.tif": Image.fromarray(np.full((30, 40), 120 * 257, np.int32)),
+             "grey.tif": grey.convert("F"), "greyer.tif": Image.fromarray(np.full((30, 40), 120 / 255, np.float32))}
     for name, image in kinds.items():
         image.save(tmp_path / name)
         colour = (120, 120, 120) if name[0] in "gd" else (200, 30, 60)
@@ -3940,6 +3942,30 @@ def test_examples_are_drawn_by_the_seed(told, monkeypatch):
     visualize.plt.close("all")
 
 
+def test_wrong_answers_stand_beside_the_truth(told, monkeypatch):
+    monkeypatch.setattr(visualize, "draw_panels", keep := Kept(visualize.draw_panels))
+    story = visualize.Story(told)
+    for record in story.failures:
+        record["suspected_label_error"] = record is story.failures[0]
+    _, caption = visualize.figure_wrong(story)
+    assert len(keep.panels) == 10 and keep.panels[6] is keep.panels[9] is visualize.NOTHING and "of the 1 " in caption
+    record, panel = story.failures[0], keep.panels[5]
+    assert panel.label == visualize.tidy(record["command"]) + "?" and panel.note.endswith(f"{record['type']} error")
+    assert panel.note.startswith(f"said {'NO' if record['truth'] == 'YES' else 'YES'}")
+    assert np.array_equal(panel.picture, story.asked.data.images[story.asked.picture[story.at[record["item"]]]])
+    visualize.plt.close("all")
+
+
+def test_kinds_and_commands_that_are_mixed_up_are_drawn(told):
+    story = visualize.Story(told)
+    story.page["failures"]["confusions"] = [dict(asked="car", present="bus", n=30, said_yes=40, elsewhere=10, times=4)]
+    story.page["failures"]["command_pairs"] = dict(
+        templates=["and", "or"], n=[[20, 30], [30, 19]], same=[[50, 40], [40, 30]], expected=[[10, 20], [20, 30]])
+    kinds, pairs = (axis.images[0].get_array() for axis in visualize.figure_pairs(story)[0].axes[:2])
+    assert kinds.compressed().tolist() == [30] and pairs.filled(-1).tolist() == [[40, -1], [20, -1]]
+    visualize.plt.close("all")
+
+
 def test_the_interactive_page_holds_the_models_own_maps(told, capsys):
     visualize.main(changed(told, page=True))
     text = (Path(told.out_dir) / "page.html").read_text(encoding="utf-8")
@@ -3960,14 +3986,16 @@ def test_the_interactive_page_holds_the_models_own_maps(told, capsys):
     assert len(data["scenes"]) == 8
 
 
-def test_evaluation_files_that_are_missing_broken_or_stale_are_named(told, tmp_path):
+def test_evaluation_files_that_are_missing_broken_or_stale_are_named(told, tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "FIGURES", {"accuracy": visualize.FIGURES["accuracy"]})
     copied = changed(told, out_dir=str(tmp_path), checkpoint=str(Path(told.out_dir) / "best.pt"))
     page = json.loads((Path(told.out_dir) / "eval.json").read_text(encoding="utf-8"))
     for name, content, words_wanted in [
             ("eval.json", None, ["no", "eval.json"]), ("attention.npz", None, ["attention.npz"]),
             ("eval.json", "{", ["cannot be read"]), ("failures.jsonl", "{", ["cannot be read"]),
             ("attention.npz", "x", ["cannot be read"]),
-            ("eval.json", json.dumps(dict(page, step=9)), ["step 9", "step 0"])]:
+            ("eval.json", json.dumps(dict(page, step=9)), ["step 9", "step 0"]),
+            ("eval.json", json.dumps({k: v for k, v in page.items() if k != "overall"}), ["'overall'", "version"])]:
         for file in ("eval.json", "failures.jsonl", "attention.npz"):
             shutil.copy(Path(told.out_dir) / file, tmp_path / file)
         (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)

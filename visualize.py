@@ -139,6 +139,7 @@ plt.rcParams.update({
 Panel = namedtuple("Panel", "picture map label note boxes accent query", defaults=(None, "", "", (), False, None))
 # picture uint8 (S, S, 3); map (side, side), which sums to 1, or the difference of two such, which sums to 0; text above
 # and below; labels whose boxes to outline; accent: the answer's; query: (row, column) of a patch to mark
+NOTHING = Panel(None)         # fills a row
 
 
 def save(drawn, path, dpi):
@@ -233,6 +234,8 @@ def draw_panels(panels, columns, title, subtitle, rows=(), vmax=0.0):
     looks, shown = {False: (overlay_colours(), scale),
                     True: (overlay_colours("PuOr", True), SymLogNorm(1, vmin=-most, vmax=most))}, {}
     for i, panel in enumerate(panels):
+        if panel is NOTHING:
+            continue
         axes = place(left + i % columns * (size + GAP), top + i // columns * step + above, size, size)
         axes.set(xticks=[], yticks=[])
         axes.set_title("\n".join(wrapped(panel.label, size + GAP, font)), fontsize=font, pad=2.5, loc="center",
@@ -267,7 +270,8 @@ def draw_panels(panels, columns, title, subtitle, rows=(), vmax=0.0):
         bar.set_facecolor(str(BACK))
         if kind:
             ticks = [tick for tick in (-16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16) if abs(tick) <= most]
-            texts, name = [f"{tick:+d}×" if tick else "0" for tick in ticks], "second − first, / uniform"
+            texts = [f"{tick:+d}×".replace("-", "−") if tick else "0" for tick in ticks]
+            name = "(second − first) / uniform"
         else:
             steps = (1,) if scale.vmax > 8 else (1, 1.5)    # 1, 1.5, 2, 3, 4 ... or, on a long scale, powers of 2
             ticks = [m * 2 ** k for k in range(20) for m in steps if m * 2 ** k <= scale.vmax]
@@ -385,6 +389,7 @@ def draw_text(shot, cfg):
     tokens, columns = ["[SOS]"] + shot["words"] + ["?"], min(4, cfg.text_layers)
     rows, T = math.ceil(cfg.text_layers / columns), len(tokens)
     figure, axes = plot(rows, columns, 0.5 + 2.05 * rows)
+    figure.set_layout_engine("compressed")                  # squares side by side, the colour bar as high as they
     for number, axis in enumerate(axes.flat):
         if number >= cfg.text_layers:
             axis.axis("off")
@@ -592,7 +597,6 @@ def figure_failures(story):
     usual = np.percentile(evaluate.entropy(story.answer_maps.astype(np.float64)), 90)
     diffuse, hit = evaluate.entropy(maps) > usual, evaluate.pointing(maps, covers) > 0.5
     odds = np.concatenate(list(story.subject.ask(asked.jobs(missed))))
-    nothing = Panel(np.full((1, 1, 3), 255, np.uint8))
     for name, mine in {"wrong region": ~diffuse & ~hit, "diffuse": diffuse,
                        "right region, wrong answer": ~diffuse & hit}.items():
         rows.append(f"{name}\nn={mine.sum()}\n{100 * mine.mean():.0f}%")
@@ -603,12 +607,34 @@ def figure_failures(story):
             said = f"NO ({100 / (1 + math.exp(odds[k])):.0f}%)\n"
             panels.append(Panel(asked.data.images[asked.picture[i]], found, tidy(asked.items[i]["command"]) + "?",
                                 said + numbers(found, boxes, cfg.image_size), boxes))
-        panels += [nothing] * (columns - len(chosen))
+        panels += [NOTHING] * (columns - len(chosen))
     return draw_panels(panels, columns, ["Objects that were there and were denied"], maps_line(cfg), rows), (
         f"All {len(missed)} false negatives about objects, sorted by the answer's map; those shown are drawn at random "
         f"within each type (seed {story.seed}). Diffuse: an entropy above {usual:.2f} nats, the 90th percentile of "
         f"{len(story.answer_maps)} random answers. Of the rest, right region: the largest patch touches a box, as a "
         f"random one would in {100 * (covers > 0).mean():.0f}%.")
+
+
+def figure_wrong(story):
+    asked, columns, panels, rows = story.asked, 5, [], []
+    sure = [r for r in story.failures if r["suspected_label_error"]]
+    for name, mine in (("any wrong answer", story.failures), ("sure, in all words", sure)):
+        if not mine:
+            continue
+        rows.append(f"{name}\nn={len(mine)}")
+        chosen = story.rng().permutation(len(mine))[:columns]
+        for r in (mine[k] for k in chosen):
+            said, p = ("YES", r["p_yes"]) if r["truth"] == "NO" else ("NO", 1 - r["p_yes"])
+            note = f"said {said} ({100 * p:.0f}%)\ntruth: {tidy(r['reason'])}\n{r['type']} error"
+            i = story.at[r["item"]]
+            panels.append(Panel(asked.data.images[asked.picture[i]], None, tidy(r["command"]) + "?",
+                                "\n".join(wrapped(note, PANEL, FONT - 1)), story.boxes(i)[-1]))
+        panels += [NOTHING] * (columns - len(chosen))
+    return panels and (draw_panels(panels, columns, ["Wrong answers, beside the truth"], "Outlined: what makes the "
+                                   "answer YES, where a box does.", rows), (
+        f"Upper row: {columns} of {len(story.failures)} wrong answers, drawn at random (seed {story.seed}). Lower row: "
+        f"of the {len(sure)} that were wrong with over 95% confidence in every wording, where one looks for errors of "
+        "the labels or the rules first. Error: see the text above."))
 
 
 # ---- figures of a set: numbers ----
@@ -618,10 +644,10 @@ def figure_accuracy(story):
     (left, middle, right), controls, by = axes[0], page["controls"], page["by"]["template"]
     intervals(left, {"all": page["overall"], **page["by"]["family"], **controls}, others=controls)
     left.set_title("families, and controls")
-    intervals(middle, by, label="model", bars=False)
+    intervals(middle, by, shift=-0.3, label="model", bars=False)
     for k, name in enumerate(controls):
-        intervals(middle, {t: page["controls_by_template"][t][name] for t in by}, SERIES[3 - k], shift=0.22 * (k - 1),
-                  label=name, bars=False)
+        intervals(middle, {t: page["controls_by_template"][t][name] for t in by}, SERIES[3 - k],
+                  shift=0.2 * k - 0.1, label=name, bars=False)
     middle.set_title("templates")
     figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     for axis in (left, middle):
@@ -655,10 +681,9 @@ def figure_complexity(story):
 
 
 def figure_training(story):
-    try:
-        with open(Path(story.cfg.out_dir) / "log.csv", encoding="utf-8") as file:
-            log = list(csv.DictReader(file))
-    except OSError:
+    path = Path(story.cfg.out_dir) / "log.csv"
+    log = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    if not log:
         return None
     figure, axes = plot(1, 4, 1.9)
     stage = train.first_stage(story.cfg)
@@ -750,7 +775,7 @@ def figure_grounding(story):
     side = story.cfg.image_size // story.cfg.patch_size
     patches = [round(side * side * share) for share in probe["share_of_patches"]]
     for axis, name, done in zip(axes[1], ("deletion", "insertion"), ("taken away", "shown")):
-        for key, colour, label in (("curve", SERIES[0], "by attention"), ("random_curve", SERIES[3], "random order")):
+        for key, colour, label in (("random_curve", SERIES[3], "random order"), ("curve", SERIES[0], "by attention")):
             axis.plot(probe[name][key], "o-", color=colour, label=label)
         axis.set_xticks(range(len(patches)), patches)
         area = [probe[name][kind]["value"] or 0 for kind in ("attention", "random")]
@@ -798,21 +823,29 @@ def figure_specialisation(story):
 
 
 def figure_pairs(story):
-    found = story.page["failures"]["confusions"]
+    found, pairs = story.page["failures"]["confusions"], story.page["failures"]["command_pairs"]
     if not found:
         return None
     kinds = [c for c in commands.CATEGORIES if any(c in (e["asked"], e["present"]) for e in found)]
-    table = np.full((len(kinds), len(kinds)), np.nan)
+    taken = np.full((len(kinds), len(kinds)), np.nan)
     for e in found:
-        table[kinds.index(e["asked"]), kinds.index(e["present"])] = round(e["said_yes"] - e["elsewhere"]) + 0.0
-    most, (figure, axes) = np.nanmax(np.abs(table)), plot(1, 1, 2.9, 4.4)
-    heat(axes[0, 0], table, kinds, kinds, "{:+.0f}", "PuOr_r", Normalize(-most, most), "points of YES added",
-         ylabel="asked for, and not there", xlabel="what stands there")
-    plt.setp(axes[0, 0].get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
-    return figure, "Questions with the answer NO: by how many points a false YES is more frequent where the other " \
-        "kind stands at the place asked about. The largest ratio: asked for a {asked} that is not there, YES to " \
-        "{said_yes:.0f}% where a " \
-        "{present} is (n={n}), to {elsewhere:.0f}% where none is. Grey: under 20 questions.".format(**found[0])
+        taken[kinds.index(e["asked"]), kinds.index(e["present"])] = round(e["said_yes"] - e["elsewhere"]) + 0.0
+    names, n = pairs["templates"], np.array(pairs["n"])
+    more = np.round(np.subtract(pairs["same"], pairs["expected"])) + 0.0
+    mixed = np.where((n < 20) | (np.triu(n, 1) > 0), np.nan, more)
+    figure, axes = plot(1, 2, 3.1)
+    for axis, table, ticks, bar, labels in (
+            (axes[0, 0], taken, kinds, "points of YES added", dict(
+                title="kinds", ylabel="asked for, and not there", xlabel="what stands there")),
+            (axes[0, 1], mixed, names, "points over chance", dict(title="commands"))):
+        most = max(1.0, np.nanmax(np.abs(table), initial=0))
+        heat(axis, table, ticks, ticks, "{:+.0f}", "PuOr_r", Normalize(-most, most), bar, **labels)
+        plt.setp(axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
+    return figure, "Left: questions with the answer NO: by how many points a false YES is more frequent where the " \
+        "other kind stands at the place asked about. The largest ratio: asked for a {asked} that is not there, YES " \
+        "to {said_yes:.0f}% where a {present} is (n={n}), to {elsewhere:.0f}% where none is. Right: two commands " \
+        "about one picture whose true answers differ: how much more often both get the same answer than if their " \
+        "errors were independent. Grey: under 20 questions or pairs.".format(**found[0])
 
 
 def figure_architecture(story):
@@ -879,7 +912,7 @@ FIGURES = {                   # name: (section of the report, function)
     "vision": ("attention", figure_scene("vision", "How patches look at one another before any word is read.")),
     "text": ("attention", figure_scene("text", "How tokens look back at one another.")),
     "calibration": ("calibration", figure_calibration), "failures": ("failures", figure_failures),
-    "pairs": ("failures", figure_pairs)}
+    "wrong": ("failures", figure_wrong), "pairs": ("failures", figure_pairs)}
 
 # ---- the report ----
 
@@ -899,9 +932,10 @@ figure img { display: block; width: 100%; max-width: var(--w); height: auto; mar
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td:nth-child(2) { white-space: nowrap }
-@media (max-width: 640px) { figure img { min-width: min(var(--w), 34rem) } td:last-child { min-width: 12rem } }
+@media (max-width: 640px) { figure img { min-width: min(var(--w), 34rem) } table { font-size: .78rem }
+  th, td { padding-right: .5rem } td:last-child { min-width: 5rem } }
 @media print { :root { --ink: #000; --quiet: #444; --back: #fff; --line: #bbb; --accent: #000 } nav { display: none }
-  body { font-size: 10pt; max-width: none } .wide { overflow: visible } figure, tr { break-inside: avoid }
+  body { font-size: 10pt; max-width: none } .wide { overflow: visible } figure, table { break-inside: avoid }
   figure img { max-height: 22cm; width: auto; max-width: 100% } h2 { break-after: avoid } }
 """
 
@@ -1073,9 +1107,11 @@ function paint(g, map, width) {
 }
 function draw() {
   const c = now(), map = mapOf(state.word, state.layer, state.head), g = byId("map").getContext("2d"), W = 640;
-  g.filter = "grayscale(1) contrast(0.4) brightness(1.45)";
   g.drawImage(D.scenes[state.scene].picture, 0, 0, W, W);
-  g.filter = "none";
+  for (const [mode, colour] of [["saturation", "#888"], ["source-over", "#dddddda0"]]) {   // grey and pale
+    Object.assign(g, {globalCompositeOperation: mode, fillStyle: colour});
+    g.fillRect(0, 0, W, W);
+  }
   paint(g, map, W);
   if (byId("boxes").checked) for (const [x1, y1, x2, y2] of c.boxes[state.word])
     for (const [line, colour] of [[7, "#fff"], [3.5, "#00735a"]]) {
@@ -1275,7 +1311,11 @@ def tell_story(cfg):
 def main(cfg):
     wanted = [name for name in ("image", "command", "command2", "page") if getattr(cfg, name)]
     if not wanted:
-        tell_story(cfg)
+        try:
+            tell_story(cfg)
+        except KeyError as error:
+            raise UserError(f"{Path(cfg.out_dir) / 'eval.json'} holds no {error}, so another version of evaluate.py "
+                            f"made it: run python evaluate.py --out_dir={cfg.out_dir}") from error
     elif wanted == ["page"]:
         path = Path(cfg.out_dir) / "page.html"
         write_page(path, Story(cfg))
