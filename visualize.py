@@ -618,7 +618,7 @@ def figure_failures(story):
 def figure_wrong(story):
     asked, columns, panels, rows = story.asked, 5, [], []
     sure = [r for r in story.failures if r["suspected_label_error"]]
-    for name, mine in (("any wrong answer", story.failures), ("sure, in all words", sure)):
+    for name, mine in (("any wrong answer", story.failures), ("sure of it in every wording", sure)):
         if not mine:
             continue
         rows.append(f"{name}\nn={len(mine)}")
@@ -693,7 +693,8 @@ def figure_training(story):
         step, value = np.array(known).reshape(-1, 2).T
         axis.plot(step, value * {"lr": 1000, "val_accuracy": 100}.get(column, 1), "o-" if axis is axes[0, 3] else "-",
                   color=SERIES[0])
-        axis.set(title=title, xlabel="update", xlim=(0, None), yscale="log" if column == "loss" else "linear")
+        axis.set(title=title, xlabel="update", xlim=(0, 1.05 * int(log[-1]["step"])),
+                 yscale="log" if column == "loss" else "linear")
         axis.axvline(stage, color=ACCENT, lw=0.8, ls="--")
     return figure, f"From log.csv: the mean loss of {story.cfg.log_every} updates, the gradient norm of one, before " \
         f"clipping at {story.cfg.grad_clip:g}. Left of the dashed line (update {stage}) only the encoder learns, " \
@@ -738,7 +739,8 @@ def figure_calibration(story):
         text = "as trained" if name == "raw" else f"temperature {page['temperature']:.2f}"
         top.set(title=f"{text}: ECE {e['value']:.2f}\n(calibrated: up to {e['calibrated_high']:.2f})", xticklabels=[])
         low.bar(p, n, 0.05, color=SERIES[3])
-        low.set(yscale="log", xlabel="predicted probability of YES", xlim=top.get_xlim())
+        low.set(yscale="log", ylim=(1, None), xlabel="predicted probability of YES", xlim=top.get_xlim())
+        low.yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("true answers YES, %")
     axes[1, 0].set_ylabel("questions")
     axes[0, 0].legend(loc="upper left")
@@ -749,12 +751,12 @@ def figure_calibration(story):
         axis.remove()
     axis = figure.add_subplot(axes[0, 2].get_gridspec()[:, 2])
     for mine, colour, name in ((right, SERIES[0], "right"), (~right, SERIES[1], "wrong")):
-        axis.scatter(H[mine], sure[mine], s=5, alpha=0.4, color=colour, lw=0, label=f"{name}, n={mine.sum()}",
+        axis.scatter(H[mine], sure[mine], s=3, alpha=0.4, color=colour, lw=0, label=f"{name}, n={mine.sum()}",
                      rasterized=True)
     linked = evaluate.correlation_row(asked.picture[where], H, sure, story.cfg.bootstrap)
     axis.set(title="confidence and entropy\nof attention", xlabel="entropy of the answer's map, nats",
              ylabel="|log-odds| of the answer")
-    axis.legend(markerscale=2)
+    axis.legend(markerscale=3, frameon=True, edgecolor="none")
     return figure, f"Reliability of {page['raw']['n']} answers in 15 bins of equal width; grey: where 95% of the " \
         "bins of a perfectly calibrated model would lie. The temperature was fitted on the validation split. Right: " \
         f"{len(H)} random questions, rank correlation {shown_row(linked, digits=2)}; 0 says that how spread the " \
@@ -836,8 +838,8 @@ def figure_pairs(story):
     figure, axes = plot(1, 2, 3.1)
     for axis, table, ticks, bar, labels in (
             (axes[0, 0], taken, kinds, "points of YES added", dict(
-                title="kinds", ylabel="asked for, and not there", xlabel="what stands there")),
-            (axes[0, 1], mixed, names, "points over chance", dict(title="commands"))):
+                title="kinds taken for others", ylabel="asked for, and not there", xlabel="what stands there")),
+            (axes[0, 1], mixed, names, "points over chance", dict(title="commands that get one answer"))):
         most = max(1.0, np.nanmax(np.abs(table), initial=0))
         heat(axis, table, ticks, ticks, "{:+.0f}", "PuOr_r", Normalize(-most, most), bar, **labels)
         plt.setp(axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
@@ -1026,7 +1028,10 @@ def write_report(path, story, drawn):
     ablations = table.read_text(encoding="utf-8") if table.exists() else ""
     sections = {
         "results": result_table(page), "data": table_html(("set", "pictures", "questions", "YES", "families"), sets),
-        "model": "", "training": "", "accuracy": "", "attention": "", "calibration": "",
+        "model": "", "training": "", "accuracy": "",
+        "attention": "<p>Each map is in multiples of uniform attention, all maps of a figure on one scale. Outlined in "
+        "green: the labelled boxes of what a word names and, for the answer, of what makes it YES. No box is used in "
+        "training.</p>", "calibration": "",
         "failures": f"<p>{len(story.failures)} wrong answers, asked again in parts and in other words. Vision: a part "
         "is answered wrongly too. Language: the parts and most paraphrases are right. Reasoning: the parts are right, "
         f"the whole is not. {counts['low_confidence'].get('True', 0)} of them had less than 70% confidence.</p>"
