@@ -4006,6 +4006,8 @@ def test_evaluation_files_that_are_missing_broken_or_stale_are_named(told, tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         visualize.save(visualize.plot(1, 1, 1)[0], tmp_path / "file" / "figure", 40)
+    with pytest.raises(UserError, match="page.html"):
+        visualize.write(tmp_path / "file" / "page.html", "")
 
 
 def test_a_folder_is_answered_in_order_without_the_broken(saved, tmp_path, capsys, monkeypatch):
