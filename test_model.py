@@ -196,6 +196,15 @@ def test_packing_goes_there_and_back():
     assert torch.equal(packing.pad(packing.unpad(x)), x * real[..., None])
 
 
+def test_the_number_of_tokens_is_rounded_with_padding_of_all_pictures(monkeypatch):
+    """16 pictures of 20 words: 320 tokens become 512, and each picture's query 32 long, not one of them all 64."""
+    made = []
+    monkeypatch.setattr(model_file, "Packing", lambda *args: made.append(Packing(*args)) or made[-1])
+    tokens = F.pad(words(16, 4, 5), (0, 11), value=tokenizer.PAD)
+    tiny()(pictures(16), tokens)
+    assert [len(packing.index) for packing in made] == [512, 512] and [packing.length for packing in made] == [16, 32]
+
+
 # ---- model: attention ----
 def test_attention_rows_sum_to_one_and_skip_padding():
     model = tiny()

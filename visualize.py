@@ -707,7 +707,7 @@ def figure_cost(story):
     if not path.exists():
         return None
     bench = json.loads(path.read_text(encoding="utf-8"))
-    figure, axes = plot(1, 3, 2.1)
+    figure, axes = plot(1, 3, 2.1, sharey=True)
     panels = dict(zip(dict.fromkeys(name.split(", ")[0] for name in bench["cost"]), axes[0]))
     for name, entry in bench["cost"].items():
         size, _, series = name.partition(", ")
@@ -716,11 +716,10 @@ def figure_cost(story):
         panels[size].set(xlabel=size, xscale="log", yscale="log")
         panels[size].set_xticks(entry["size"], entry["size"])
         panels[size].minorticks_off()
-    for axis in axes[0]:
-        low, high = axis.get_ylim()
-        ticks = [n * 10 ** k for k in range(-3, 7) for n in (1, 2, 5) if low <= n * 10 ** k <= high]
-        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.legend()
+        panels[size].legend()
+    low, high = axes[0, 0].get_ylim()
+    ticks = [n * 10 ** k for k in range(-3, 7) for n in (1, 2, 5) if low <= n * 10 ** k <= high]
+    axes[0, 0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0, 0].set_ylabel("ms an update")
     return figure, "How the cost of training grows: the least time of an update of the second stage with a quarter " \
         f"of the batch, on {bench['device']} in {bench['dtype']}, {bench['threads']} threads. Both axes are " \
