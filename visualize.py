@@ -749,9 +749,10 @@ def figure_calibration(story):
     for axis in axes[:, 2]:
         axis.remove()
     axis = figure.add_subplot(axes[0, 2].get_gridspec()[:, 2])
+    order = story.rng().permutation(len(right))              # so that neither kind hides the other
+    axis.scatter(H[order], sure[order], s=3, alpha=0.4, c=np.where(right, *SERIES[:2])[order], lw=0, rasterized=True)
     for mine, colour, name in ((right, SERIES[0], "right"), (~right, SERIES[1], "wrong")):
-        axis.scatter(H[mine], sure[mine], s=3, alpha=0.4, color=colour, lw=0, label=f"{name}, n={mine.sum()}",
-                     rasterized=True)
+        axis.scatter([], [], s=3, alpha=0.4, color=colour, lw=0, label=f"{name}, n={mine.sum()}")
     linked = evaluate.correlation_row(asked.picture[where], H, sure, story.cfg.bootstrap)
     axis.set(title="confidence and entropy\nof attention", xlabel="entropy of the answer's map, nats",
              ylabel="|log-odds| of the answer")
