@@ -154,20 +154,36 @@ def sign_flip_test(differences):
     return float((sums >= abs(d.sum()) * (1 - 1e-12)).mean())
 
 
-def t_test(differences):
-    """(mean, low, high, two-sided p) of paired differences by Student's t; 95% interval.
+@functools.lru_cache
+def student(df):
+    """Angles a, and P(|t| < sqrt(df) tan(a)) for Student's t.
 
     With t = sqrt(df) tan(a), t's density becomes cos(a)^(df - 1), which is summed here on a fine grid.
     """
-    d = np.asarray(differences, float)
-    df, mean, error = len(d) - 1, d.mean(), d.std(ddof=1) / math.sqrt(len(d))
     angle = np.linspace(0, math.pi / 2, 200001)
     density = np.cos(angle) ** (df - 1)
     inside = np.concatenate(([0], np.cumsum(density[1:] + density[:-1])))
-    inside /= inside[-1]                                                          # P(|t| < sqrt(df) tan(angle))
-    critical = math.sqrt(df) * math.tan(np.interp(0.95, inside, angle))
+    return angle, inside / inside[-1]
+
+
+def t_within(share, df):
+    """The t within which Student's t stays with probability `share`."""
+    angle, inside = student(df)
+    return math.sqrt(df) * math.tan(np.interp(share, inside, angle))
+
+
+def t_interval(mean, error, df):
+    """(mean, low, high, two-sided p) of a mean with its standard error, by Student's t; 95% interval."""
+    angle, inside = student(df)
+    reach = t_within(0.95, df) * error
     p = 1 - np.interp(math.atan2(abs(mean), error * math.sqrt(df)), angle, inside) if error or mean else 1.0
-    return float(mean), float(mean - critical * error), float(mean + critical * error), float(p)
+    return float(mean), float(mean - reach), float(mean + reach), float(p)
+
+
+def t_test(differences):
+    """As t_interval, of paired differences."""
+    d = np.asarray(differences, float)
+    return t_interval(d.mean(), d.std(ddof=1) / math.sqrt(len(d)), len(d) - 1)
 
 
 def holm(p_values):
@@ -249,8 +265,8 @@ def calibration(odds, truth):
 class Subject:
     """A trained model with what is needed to ask it: settings, tokenizer, channel means, device, precision."""
 
-    def __init__(self, cfg):
-        self.model, self.cfg, self.tokenizer, self.state, self.device = train.load_model(cfg)
+    def __init__(self, cfg, make_model=VLM):
+        self.model, self.cfg, self.tokenizer, self.state, self.device = train.load_model(cfg, make_model)
         self.dtype, self.why = train.pick_dtype(self.cfg, self.device)
 
     def images(self, pictures):
