@@ -22,7 +22,6 @@ Shapes: B pictures, K commands for each, N = B*K, T tokens, M real tokens, P pat
 """
 import contextlib
 import copy
-import csv
 import functools
 import io
 import json
@@ -48,7 +47,7 @@ import visualize
 from commands import CATEGORIES, MAYBE, QUESTIONS, TEMPLATES, View
 from config import UserError
 from evaluate import Questions, Subject
-from model import VLM, Attention, Decoder, DecoderBlock, GatedFFN, Packing, RMSNorm, rope_tables
+from model import VLM, Attention, Decoder, DecoderBlock, GatedFFN, Packing, RMSNorm, pick_device, rope_tables
 from tokenizer import IGNORE, NO, PAD, YES
 from train import Data
 
@@ -364,7 +363,7 @@ class Bench:
         edits = [edits[i] for i in np.random.default_rng(0).permutation(len(edits))[:cfg.probe_items]]
         self.at = np.array([position[e["item"]] for e in edits], int)
         frames = self.asked.frames
-        self.edited = [evaluate._draw_twin((Path(frames[self.asked.picture[i]]["name"]).stem, e["flip"], cfg))
+        self.edited = [evaluate.draw_twin((Path(frames[self.asked.picture[i]]["name"]).stem, e["flip"], cfg))
                        for i, e in zip(self.at, edits)]
 
     def measure(self, subject, maps=True):
@@ -392,11 +391,26 @@ class Bench:
         return result
 
 
-def speed(folder):
-    """Median of the pairs/s that a run logged while it read; None if it logged none."""
-    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
-        lines = [r for r in csv.DictReader(file) if r["pairs_per_s"]]
-    return float(np.median([float(r["pairs_per_s"]) for r in lines[-3:]])) if lines else None
+def speeds(cfg, known, names, meta, rounds=7):
+    """{variant: pairs/s of reading, in % of those of "full"}, taken in turns: a busy machine slows all alike."""
+    parts, took = {}, {name: [] for name in names}
+    for name in names:
+        settings = settings_of(cfg, known[name], "", cfg.seed)
+        data = known[name].data(settings, meta, "train")
+        model = known[name].model(settings, len(data.tokenizer)).to(device := pick_device(settings)).train()
+        batch = train.Batch(**{k: t.to(device) for k, t in vars(data.batch(0, cfg.batch_size)).items()})
+        parts[name] = model, batch, settings, train.make_optimizer(model, None, settings, device)
+    for _ in range(rounds):
+        for name, (model, batch, settings, optimizer) in parts.items():
+            start = time.perf_counter()
+            model.freeze("vision", settings.freeze_vision_steps < 0)
+            loss = train.batch_loss(model, None, batch, settings, 1000.0)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()                                     # waits for a GPU
+            took[name].append(time.perf_counter() - start)
+    return {name: 100 * float(np.median(np.array(took["full"][1:]) / took[name][1:])) for name in names}
 
 
 # ---- the loop ----
@@ -415,24 +429,26 @@ def settings_of(cfg, variant, folder, seed):
     return config.check(type(cfg)(**{**vars(cfg), **variant.settings, "seed": seed, "out_dir": str(folder)}))
 
 
+def same(a, b):
+    """Whether two runs with these settings, dicts, train the same."""
+    return not any(a[k] != b.get(k) for k in a.keys() - train.RESUMABLE | {"max_steps"})
+
+
 def finished(settings):
     """The result of a run that was made with these settings, or None."""
-    same = {k for k, (section, _, _) in config.SETTINGS.items() if section in ("data", "commands", "model", "training")}
     try:
         result = json.loads((Path(settings.out_dir) / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    differs = [k for k in same - train.RESUMABLE | {"max_steps"} if result["settings"].get(k) != getattr(settings, k)]
-    return None if differs else result
+    return result if same(vars(settings), result["settings"]) else None
 
 
-def begin(settings, variant, seen):
-    """Write last.pt of a run as its first stage would leave it, from what that of "full" left in the file `seen`.
+def begin(settings, variant, state):
+    """Write last.pt of a run as its first stage would leave it, from `state`, the checkpoint that "full" left then.
 
     In that stage the decoder neither works nor learns, so this is what the run itself would have come to.
     """
-    state, cfg = train.load_checkpoint(seen), settings
-    whole = type(cfg)(**state["config"])
+    cfg, whole = settings, type(settings)(**state["config"])
 
     def built(cfg, make):
         """(model, optimizer, names of its parameters in order) before the first update."""
@@ -462,7 +478,9 @@ def run_one(settings, variant, bench, meta):
     with open(folder / "train.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         seen = folder.with_name(f"full-{settings.seed}") / "seen.pt"
         if variant.shared and seen.exists() and not (folder / "last.pt").exists():
-            begin(settings, variant, seen)
+            state = train.load_checkpoint(seen)
+            if same(dict(vars(settings), **{k: state["config"][k] for k in variant.settings}), state["config"]):
+                begin(settings, variant, state)
         settings.resume = (folder / "last.pt").exists()
         kept = seen if seen.parent == folder else None
         try:
@@ -476,7 +494,7 @@ def run_one(settings, variant, bench, meta):
         bench += [] if bench else [Bench(subject, meta)]
         measures = bench[0].measure(subject, variant.maps)
     result = dict(settings=vars(settings), seconds=round(time.time() - start, 1),
-                  measures=evaluate.rounded(dict(measures, pairs_per_s=speed(folder))))
+                  measures=evaluate.rounded(measures))
     visualize.write(folder / "result.json", json.dumps(result, indent=1))
     (folder / "last.pt").unlink(missing_ok=True)
     return result
@@ -521,7 +539,7 @@ def ablate(cfg):
     meta = prepare.load_meta(cfg)
     order = [(name, cfg.seed + i) for i in range(2 * cfg.seeds) for name in names if i < cfg.seeds or name in TWICE]
     cfg = planned(cfg, len(order), out)
-    known, results, failed, spent, began, bench = variants(cfg), {}, {}, [], time.time(), []
+    known, results, failed, spent, bench = variants(cfg), {}, {}, [], []
     for number, (name, seed) in enumerate(order, 1):
         settings = settings_of(cfg, known[name], out / f"{name}-{seed}", seed)
         result = finished(settings)
@@ -539,7 +557,7 @@ def ablate(cfg):
         results[name, seed] = result["measures"]
         if spent:
             write_table(out, make_table(cfg, known, names, results, failed))
-    table = make_table(cfg, known, names, results, failed)
+    table = make_table(cfg, known, names, results, failed, speeds(cfg, known, names, meta))
     write_table(out, table)
     for name, draw in FIGURES.items():
         visualize.save(draw(table), out / name, cfg.dpi)
@@ -551,8 +569,8 @@ def ablate(cfg):
 
 MEASURES = {"accuracy": "balanced accuracy", "worst_family": "worst family", "f1": "macro F1",
             "twins": "twins, both right", "held_out_drop": "held-out drop", "pointing": "pointing",
-            "enrichment": "enrichment", "entropy": "entropy", "parameters": "parameters", "pairs_per_s": "pairs/s"}
-# in % but for enrichment (times), entropy (of the answer's attention, as a share of the largest), and the last two
+            "enrichment": "enrichment", "entropy": "entropy", "parameters": "parameters"}
+# in % but for enrichment (times), entropy (of the answer's attention, as a share of the largest) and parameters
 
 
 def pooled_scatter(groups):
@@ -580,12 +598,13 @@ def compared(differences, scatter, df):
     return found
 
 
-def make_table(cfg, known, names, results, failed):
+def make_table(cfg, known, names, results, failed, speed=None):
     """All figures of the finished runs: means, and differences to "full" of the same seeds; p of accuracy by Holm."""
     rows = []
     for name in names:
         own = {seed: measures for (n, seed), measures in results.items() if n == name}
-        row = dict(variant=name, text=known[name].text, seeds=sorted(own), failed=failed.get(name))
+        row = dict(variant=name, text=known[name].text, seeds=sorted(own), failed=failed.get(name),
+                   speed=speed and speed[name])
         for measure in MEASURES:
             values = {s: m[measure] for s, m in own.items() if m[measure] is not None}
             pairs = [v - results["full", s][measure] for s, v in sorted(values.items()) if ("full", s) in results]
@@ -619,11 +638,11 @@ def markdown(table):
         lines.append(f"| {row['variant']}: {row['text']} | {len(row['seeds'])} | {number(row['accuracy']['value'])} "
                      f"| {text} | {' | '.join(tests if d else [''] * 4)} | {verdict} |")
     others = [m for m in MEASURES if m != "accuracy"]
-    lines += ["", f"| variant | {' | '.join(MEASURES[m] for m in others)} |", "|---" * (len(others) + 1) + "|"]
+    lines += ["", f"| variant | {' | '.join(MEASURES[m] for m in others)} | speed, % |",
+              "|---" * (len(others) + 2) + "|"]
     for row in table["rows"]:
-        cells = [number(row[m]["value"], {"enrichment": 2, "entropy": 2, "parameters": 0, "pairs_per_s": 0}.get(m, 1))
-                 for m in others]
-        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
+        cells = [number(row[m]["value"], {"enrichment": 2, "entropy": 2, "parameters": 0}.get(m, 1)) for m in others]
+        lines.append(f"| {row['variant']} | {' | '.join(cells)} | {number(row['speed'], 0)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -632,9 +651,10 @@ def write_table(out, table):
     shape = ", ".join(f"{k}={v}" for k, v in table["settings"].items())
     head = (f"Balanced accuracy in % and its difference to `full` in points, paired by seed, on the same questions; "
             f"{' or '.join(map(str, counts))} seeds a variant (column seeds). Interval and p are of Student's t with "
-            f"the scatter of all variants together, p corrected for {table['tests']} tests by Holm; p exact (of all sign "
-            "flips, at least 0.031 with 6 seeds and 0.25 with 3) and p paired t are of the variant's own seeds alone; "
-            f"detectable: the difference found in 80% of cases. All runs with {shape}.\n\n")
+            f"the scatter of all variants together, p corrected for {table['tests']} tests by Holm; p exact (of all "
+            "sign flips, at least 0.031 with 6 seeds and 0.25 with 3) and p paired t are of the variant's own seeds "
+            "alone; detectable: the difference found in 80% of cases. Speed: pairs/s of reading, taken in turns with "
+            f"full. All runs with {shape}.\n\n")
     visualize.write(out / "table.json", json.dumps(table, indent=1, allow_nan=False))
     visualize.write(out / "table.md", head + markdown(table))
 
@@ -657,25 +677,27 @@ def draw_differences(table):
     axes.set_yticks(range(len(rows)), [f"{r['variant']} ({len(r['seeds'])})" for r in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     ends = [v for r in rows for v in r["accuracy"]["pairs"]] + [0]
-    span = max(ends) - min(ends) or 1
-    axes.set_xlim(min(ends) - 0.25 * span, max(ends) + 0.25 * span)
-    axes.set_xlabel("balanced accuracy, points against full (seeds in brackets; orange: shown after Holm)")
+    ticks = [t for t in (-40, -20, -10, -5, -3, -2, -1, 0, 1, 2, 3, 5, 10) if min(ends) - 2 < t < max(ends) + 2]
+    axes.set_xscale("symlog", linthresh=3)                  # a blind model loses 40 points, others one
+    axes.set_xticks(ticks, [f"{t:+d}" if t else "0" for t in ticks])
+    axes.set_xlim(1.4 * min(ends) - 1, 1.4 * max(ends) + 1)
+    axes.set_xlabel("points of balanced accuracy against full: each seed (how many), mean, 95% interval; orange: shown")
     return figure
 
 
 def draw_measures(table):
-    """What each variant changes in every measure, in standard deviations of the measure over the seeds of full."""
-    names = [m for m in MEASURES if m not in ("parameters", "pairs_per_s")]
-    rows = [r for r in table["rows"] if r["seeds"]]
-    values = np.array([[r[m]["value"] if r[m]["value"] is not None else np.nan for m in names] for r in rows], float)
-    change = values - values[0]
-    worst = np.nanmax(np.abs(change), 0)
-    figure, ((axes,),) = visualize.plot(1, 1, 0.9 + 0.2 * len(rows))
-    texts = [[f"{v:.2f}" if m in ("enrichment", "entropy") else f"{v:.1f}" for v, m in zip(line, names)]
-             for line in values]
-    visualize.heat(axes, change / np.where(worst > 0, worst, 1), [r["variant"] for r in rows],
-                   [MEASURES[m].replace(" ", "\n", 1) for m in names], texts, cmap="PuOr",
-                   norm=visualize.matplotlib.colors.Normalize(-1, 1), bar="change, share of the column's largest")
+    """Paired differences to "full" in every measure, coloured by how far they exceed what could be detected."""
+    names = [m for m in MEASURES if m != "parameters"]
+    full, *rows = [r for r in table["rows"] if r["seeds"]]
+    found = [[r[m]["difference"] for m in names] for r in rows]
+    size = [[d["mean"] / d["detectable"] if d.get("detectable") else 0 if d["n"] else np.nan for d in line]
+            for line in found]
+    digits = [2 if m in ("enrichment", "entropy") else 1 for m in names]
+    texts = [[f"{d['mean']:+.{k}f}" if d["n"] else "" for d, k in zip(line, digits)] for line in found]
+    heads = [f"{MEASURES[m]}\nfull: {full[m]['value']:.{k}f}" for m, k in zip(names, digits)]
+    figure, ((axes,),) = visualize.plot(1, 1, 1.2 + 0.2 * len(rows))
+    visualize.heat(axes, size, [r["variant"] for r in rows], [head.replace(" ", "\n", 1) for head in heads], texts,
+                   cmap="PuOr", norm=visualize.matplotlib.colors.Normalize(-3, 3), bar="difference / detectable")
     return figure
 
 
@@ -890,12 +912,15 @@ class Trial:
 
     def redrawn(self, change, moved=False):
         """The same scenes drawn from specs changed by change(spec); moved: objects stand elsewhere, ask the rules."""
-        cfg, asked, pictures, of, truth = self.subject.cfg, self.asked, [], [], []
+        cfg, asked, drawn, pictures, of, truth = self.subject.cfg, self.asked, {}, [], [], []
         for n, i in enumerate(self.chosen):
-            spec = change(prepare.sample_scene(Path(asked.frames[asked.picture[i]]["name"]).stem, cfg))
-            answer = asked.questions[i].truth(View(prepare.scene_frame(spec, cfg), cfg)) if moved else None
+            if (where := asked.picture[i]) not in drawn:
+                spec = change(prepare.sample_scene(Path(asked.frames[where]["name"]).stem, cfg))
+                drawn[where] = (prepare.draw_scene(spec, cfg.image_size), View(prepare.scene_frame(spec, cfg), cfg))
+            picture, view = drawn[where]
+            answer = asked.questions[i].truth(view) if moved else None
             if answer != MAYBE:
-                pictures.append(prepare.draw_scene(spec, cfg.image_size))
+                pictures.append(picture)
                 of.append(n)
                 truth.append(answer == commands.YES if moved else self.truth[n])
         of, truth = np.array(of, int), np.array(truth, bool)
@@ -903,7 +928,7 @@ class Trial:
             return self.row(pictures, of=of)
         odds, _ = watch(self.subject, pictures, [self.prompts[n] for n in of])
         return dict(accuracy=evaluate.accuracy_row(truth, odds > 0, self.where[of], self.resamples),
-                    control=self.clean(of))
+                    control=dict(accuracy=self.clean(of)["accuracy"]))
 
     def other_scenes(self):
         """The same objects in another street, weather, hour or before another camera (drawn scenes only)."""
@@ -917,11 +942,11 @@ class Trial:
         return found
 
 
-def real_frames(subject, out):
-    """Accuracy on a BDD100K folder's own validation frames, under the filters of cfg; prepared beside the results."""
+def real_frames(subject, bdd_dir, out):
+    """Accuracy on a BDD100K folder's own validation frames, under the checkpoint's filters; prepared in `out`."""
     other = copy.copy(subject)
-    other.cfg = type(subject.cfg)(**{**vars(subject.cfg), "source": "bdd100k", "data_dir": str(out / "bdd100k"),
-                                     "val_is_test": True, "bdd_dir": subject.cfg.bdd_dir})
+    other.cfg = type(subject.cfg)(**{**vars(subject.cfg), "source": "bdd100k", "bdd_dir": bdd_dir,
+                                     "data_dir": str(out / "bdd100k"), "val_is_test": True, "max_complexity": 0})
     meta = prepare.load_meta(other.cfg) if (out / "bdd100k" / "meta.json").exists() else prepare.prepare(other.cfg)
     asked = Questions(other, meta, "test", 8000)
     odds = asked.odds(other)
@@ -935,24 +960,24 @@ def real_frames(subject, out):
 def robustness(cfg):
     """Disturb what a trained model is shown and asked; writes out_dir/robustness.json, .md and a figure."""
     start = time.time()
-    subject = Subject(cfg)
+    subject, bdd_dir = Subject(cfg), cfg.bdd_dir
     cfg, out = subject.cfg, Path(cfg.out_dir)
     meta = prepare.load_meta(cfg)
     stage = lambda text: print(f"{time.time() - start:5.0f} s  {text}", flush=True)              # noqa: E731
-    trial = Trial(subject, meta, 2 * cfg.probe_items)
+    trial = Trial(subject, meta, 3 * cfg.probe_items // 2)
     page = dict(step=subject.state["step"], data_hash=meta["hash"], questions=len(trial.chosen), clean=trial.clean())
     stage("noise, blur, brightness, JPEG")
     page["disturbed"] = trial.disturbed()
     stage("occlusion")
     page["occluded"] = trial.occluded()
     stage("adversarial changes")
-    page["attacked"] = trial.attacked(cfg.probe_items // 2)
+    page["attacked"] = trial.attacked(cfg.probe_items // 3)
     stage("other words")
     page["reworded"] = trial.reworded()
     stage("other scenes")
     page["scenes"] = trial.other_scenes() if cfg.source == "drawn" else {}
-    page["real"] = real_frames(subject, out) if cfg.bdd_dir else {}
-    if not cfg.bdd_dir:
+    page["real"] = real_frames(subject, bdd_dir, out) if bdd_dir else {}
+    if not bdd_dir:
         stage("no real frames: pass --bdd_dir=PATH to ask about BDD100K's own")
     page = evaluate.rounded(page)
     visualize.write(out / "robustness.json", json.dumps(page, indent=1, allow_nan=False))
@@ -1019,7 +1044,7 @@ def draw_robustness(page):
             ax.axhline(clean, color=visualize.INK, lw=0.6, ls=":")
             if kind in page["attacked"]:
                 ax.set_xscale("log", base=2)
-                ax.set_xticks(ATTACK, [str(size) for size in ATTACK])
+            ax.set_xticks(x, [str(strength) for strength in x])
         column[0].set_title(names.get(kind, kind))
         column[1].set_xlabel("of 255" if kind in page["attacked"] else "strength")
     axes[0, 0].set_ylabel("balanced accuracy, %")

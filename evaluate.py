@@ -431,7 +431,8 @@ def blind_model(subject, meta, steps=300, size=256):
 
 # ---- twins ----
 
-def _draw_twin(job):
+def draw_twin(job):
+    """The picture of an edited scene; job: its name, the edit, settings."""
     name, edit, cfg = job
     return prepare.draw_scene(prepare.apply_edit(prepare.sample_scene(name, cfg), edit), cfg.image_size)
 
@@ -451,7 +452,7 @@ def twins(subject, asked, odds):
         known = [e for e in edits if e[kind]]
         at = np.array([position[e["item"]] for e in known], int)
         jobs = [(Path(asked.frames[asked.picture[i]]["name"]).stem, e[kind], cfg) for i, e in zip(at, known)]
-        pictures = prepare.parallel(_draw_twin, jobs, cfg, f"{kind} twins", len(jobs))
+        pictures = prepare.parallel(draw_twin, jobs, cfg, f"{kind} twins", len(jobs))
         edited = np.concatenate(list(subject.ask(zip(pictures, ([asked.prompts[i]] for i in at)))) or [np.zeros(0)])
         changed, own = (edited > 0) != (odds[at] > 0), asked.picture[at]
         if not flips:
@@ -728,7 +729,7 @@ def stability(subject, asked, count):
         with open(Path(cfg.data_dir) / "twins.jsonl", encoding="utf-8") as file:
             edits = {e["item"]: e["neutral"] for e in map(json.loads, file)}
         kept = [k for k, i in enumerate(chosen) if edits.get(int(asked.rows[i]))]
-        jobs = ((_draw_twin((Path(asked.frames[asked.picture[i]]["name"]).stem, edits[int(asked.rows[i])], cfg)),
+        jobs = ((draw_twin((Path(asked.frames[asked.picture[i]]["name"]).stem, edits[int(asked.rows[i])], cfg)),
                  [asked.prompts[i]]) for i in chosen[kept])
         near = maps_of(jobs).reshape(len(kept), -1)
         found["similar scene"] = {k: mean_row(where[kept], v, resamples, 1)

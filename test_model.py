@@ -3265,8 +3265,8 @@ def test_a_model_without_pictures_scores_50_unless_the_questions_give_answers_aw
 def test_a_twin_is_drawn_from_its_scene_and_edit(drawn):
     frame = next(f for f in drawn.frames if f["split"] == "test" and len(f["labels"]) > 2)
     name, none = Path(frame["name"]).stem, dict(remove=[], add=[])
-    assert np.array_equal(evaluate._draw_twin((name, none, drawn.cfg)), drawn.images[frame["index"]])
-    edited = evaluate._draw_twin((name, dict(remove=[0], add=[]), drawn.cfg))
+    assert np.array_equal(evaluate.draw_twin((name, none, drawn.cfg)), drawn.images[frame["index"]])
+    edited = evaluate.draw_twin((name, dict(remove=[0], add=[]), drawn.cfg))
     assert 10 < (edited != drawn.images[frame["index"]]).any(-1).sum() < SIZE * SIZE / 2
 
 
@@ -3274,7 +3274,7 @@ def test_twins_tell_who_looks_from_who_does_not(drawn, tested, monkeypatch):
     """Instead of a drawn picture, the edited scene itself: one answers by its truth, one says YES, one always flips."""
     question_by = {tuple(ids): q for ids, q in zip(tested.prompts, tested.questions)}
     cfg = changed(drawn.cfg, bootstrap=50)
-    monkeypatch.setattr(evaluate, "_draw_twin", lambda job: View(prepare.scene_frame(prepare.apply_edit(
+    monkeypatch.setattr(evaluate, "draw_twin", lambda job: View(prepare.scene_frame(prepare.apply_edit(
         prepare.sample_scene(job[0], job[2]), job[1]), job[2]), job[2]))
 
     def by(rule):
@@ -4023,10 +4023,11 @@ def variant_model(drawn, name, **changes):
 
 def test_every_variant_learns_and_shows_where_it_looks(drawn):
     """None is the same as "full", each has a gradient everywhere, and maps that sum to 1."""
-    seen = {}
+    seen, plain = {}, train.Data(drawn.cfg, drawn.meta, "train")
     for name in ablate.variants(DEFAULTS):
         cfg, make, make_data = ablated(drawn, name)
-        data = make_data(cfg, drawn.meta, "train")
+        data = plain if make_data is train.Data else make_data(cfg, drawn.meta, "train")
+        data.cfg = cfg
         torch.manual_seed(0)
         model, batch = make(cfg, len(data.tokenizer)), data.batch(0, 2)
         loss = train.batch_loss(model, None, batch, cfg, 100.0)
@@ -4164,15 +4165,14 @@ def test_unbalanced_questions_are_true_and_give_their_answer_away(drawn):
     assert np.array_equal(make_data(cfg, drawn.meta, "val").index, train.Data(cfg, drawn.meta, "val").index)
 
 
-@pytest.mark.parametrize("name", ["full", "mqa"])
-def test_a_shared_first_stage_is_what_the_run_itself_would_have_learned(tmp_path, name):
+def test_a_shared_first_stage_is_what_the_run_itself_would_have_learned(tmp_path):
     cfg = made_up(tmp_path, max_steps=10, see_steps=6, tag_weight=1.0, eval_every=5, vision_layers=1, text_layers=1)
-    variant = ablate.variants(cfg)[name]
+    variant = ablate.variants(cfg)["mqa"]
     train.train(changed(cfg, out_dir=str(tmp_path / "full")), seen=tmp_path / "seen.pt")
     alone, shared = (ablate.settings_of(cfg, variant, tmp_path / kind, cfg.seed) for kind in ("alone", "shared"))
     train.train(alone, variant.model)
     Path(shared.out_dir).mkdir()
-    ablate.begin(shared, variant, tmp_path / "seen.pt")
+    ablate.begin(shared, variant, train.load_checkpoint(tmp_path / "seen.pt"))
     shared.resume = True
     train.train(shared, variant.model)
     assert train.checksum(last_of(alone)["model"]) == train.checksum(last_of(shared)["model"])
@@ -4259,6 +4259,13 @@ def test_a_loop_that_was_killed_goes_on_and_a_failure_is_a_row(drawn, tmp_path, 
     capsys.readouterr()
 
 
+def test_speeds_are_shares_of_that_of_full(drawn, monkeypatch):
+    cfg, clock = small_run(drawn, "unused"), iter(np.cumsum([0, 5, 0, 5] + [0, 2, 0, 4, 0, 3, 0, 6]))
+    monkeypatch.setattr(ablate.time, "perf_counter", lambda: float(next(clock)))
+    found = ablate.speeds(cfg, ablate.variants(cfg), ["full", "mha"], drawn.meta, rounds=3)
+    assert found == {"full": 100, "mha": 50}
+
+
 def test_an_unknown_variant_is_named_with_the_nearest():
     with pytest.raises(UserError, match="no variant 'no_rop', did you mean 'no_rope'"):
         ablate.chosen_names(changed(DEFAULTS, variants="mqa,no_rop"), ablate.variants(DEFAULTS))
@@ -4297,7 +4304,7 @@ def test_the_control_of_a_change_is_the_same_change_elsewhere():
 def subject(drawn, tmp_path_factory):
     """A small untrained model, saved and loaded, that can be asked about the drawn data."""
     root = tmp_path_factory.mktemp("robust")
-    cfg = small_run(drawn, root, vision_layers=1, text_layers=2, bootstrap=20, probe_items=4, dpi=40)
+    cfg = small_run(drawn, root, vision_layers=1, text_layers=2, bootstrap=20, probe_items=6, dpi=40)
     torch.manual_seed(0)
     words = commands.vocabulary()
     train.save_checkpoint(root / "best.pt", dict(
