@@ -820,7 +820,6 @@ class Trial:
 
     def said(self, odds, maps, of):
         return dict(accuracy=evaluate.accuracy_row(self.truth[of], odds > 0, self.where[of], self.resamples),
-                    same_answer=evaluate.mean_row(self.where[of], (odds > 0) == (self.odds[of] > 0), self.resamples),
                     cosine=evaluate.mean_row(self.where[of], evaluate.distances(self.maps[of], maps)["cosine"],
                                              self.resamples, 1))
 

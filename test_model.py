@@ -4200,10 +4200,12 @@ def test_the_table_pairs_by_seed_and_corrects_for_all_tests():
         error, row = math.sqrt(squares / df / len(d)), rows[name]
         reach = (np.mean(d) - 2.262 * error, np.mean(d) + 2.262 * error)
         assert (row["mean"], row["low"], row["high"]) == pytest.approx((np.mean(d), *reach), abs=2e-3)
-        assert ("p_sign" in row) == (len(d) > 1) and row["p_holm"] >= row["p"]
+        assert ("p_sign" in row) == (len(d) > 1)
         if len(d) > 1:
             tests = evaluate.sign_flip_test(d), evaluate.t_test(d)[3]
             assert (row["p_sign"], row["p_t"]) == pytest.approx(tests, abs=1e-3)
+    tested = [rows[n] for n in names[1:-1]]
+    assert [row["p_holm"] for row in tested] == pytest.approx(evaluate.holm([row["p"] for row in tested]), abs=1e-3)
     assert [rows[n]["verdict"] for n in losses] == ["worse", "no difference shown", "worse"]
     text = ablate.markdown(table)
     assert "| 3 | 50.2 | -40.5 [-41.0, -40.0] |" in text and "failed, seed 0: bad / x" in text
@@ -4260,9 +4262,9 @@ def test_a_loop_that_was_killed_goes_on_and_a_failure_is_a_row(drawn, tmp_path, 
 
 
 def test_speeds_are_shares_of_that_of_full(drawn, monkeypatch):
-    cfg, clock = small_run(drawn, "unused"), iter(np.cumsum([0, 5, 0, 5] + [0, 2, 0, 4, 0, 3, 0, 6]))
+    cfg, clock = small_run(drawn, "unused"), iter(np.cumsum([0, 5, 0, 5, 0, 2, 0, 4]))       # the first warms up
     monkeypatch.setattr(ablate.time, "perf_counter", lambda: float(next(clock)))
-    found = ablate.speeds(cfg, ablate.variants(cfg), ["full", "mha"], drawn.meta, rounds=3)
+    found = ablate.speeds(cfg, ablate.variants(cfg), ["full", "mha"], drawn.meta, rounds=2)
     assert found == {"full": 100, "mha": 50}
 
 

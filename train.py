@@ -53,8 +53,8 @@ FORMAT = 2                    # of checkpoints
 WEIGHTS = {"format", "config", "words", "mean", "std", "data_hash", "step", "model"}
 PROGRESS = {"tagger", "optimizer", "scaler", "best", "since_best", "top", "unlogged"}
 # What may differ when a run goes on; any other setting would change what was being trained.
-RESUMABLE = {k for k, (section, _, _) in config.SETTINGS.items() if section in ("evaluation", "answering",
-                                                                              "ablations")} | {
+RESUMABLE = {k for k, (section, _, _) in config.SETTINGS.items()
+             if section in ("evaluation", "answering", "ablations")} | {
     "resume", "device", "dtype", "workers", "prefetch", "log_every", "eval_every", "eval_items", "tensorboard",
     "save_top", "max_steps", "early_stopping", "out_dir", "data_dir", "attention"}
 
