@@ -539,24 +539,27 @@ def ablate(cfg):
     meta = prepare.load_meta(cfg)
     order = [(name, cfg.seed + i) for i in range(2 * cfg.seeds) for name in names if i < cfg.seeds or name in TWICE]
     cfg = planned(cfg, len(order), out)
-    known, results, failed, spent, bench = variants(cfg), {}, {}, [], []
-    for number, (name, seed) in enumerate(order, 1):
-        settings = settings_of(cfg, known[name], out / f"{name}-{seed}", seed)
-        result = finished(settings)
-        if result is None:
+    known, failed, spent, bench = variants(cfg), {}, [], []
+    runs = {(name, seed): settings_of(cfg, known[name], out / f"{name}-{seed}", seed) for name, seed in order}
+    results = {key: done["measures"] for key, settings in runs.items() if (done := finished(settings))}
+    print(f"{len(results)} of {len(runs)} runs are there")
+    missing = [key for key in order if key not in results]
+    try:
+        for number, (name, seed) in enumerate(missing, 1):
             try:
-                result = run_one(settings, known[name], bench, meta)
+                result = run_one(runs[name, seed], known[name], bench, meta)
             except Exception as error:                      # one run's failure is a row, not a stop
                 failed[name] = f"seed {seed}: {type(error).__name__}: {error}"
-                print(f"{number}/{len(order)}  {name}, {failed[name]}", flush=True)
+                print(f"{number}/{len(missing)}  {name}, {failed[name]}", flush=True)
                 continue
+            results[name, seed] = result["measures"]
             spent.append(result["seconds"])
-            left = sum(not (out / f"{n}-{s}" / "result.json").exists() for n, s in order[number:])
-            print(f"{number}/{len(order)}  {name}, seed {seed}: accuracy {result['measures']['accuracy']:.2f}, "
-                  f"{result['seconds']:.0f} s; about {left * np.mean(spent) / 60:.0f} minutes left", flush=True)
-        results[name, seed] = result["measures"]
-        if spent:
+            print(f"{number}/{len(missing)}  {name}, seed {seed}: accuracy {result['measures']['accuracy']:.2f}, "
+                  f"{spent[-1]:.0f} s; about {(len(missing) - number) * np.mean(spent) / 60:.0f} minutes left",
+                  flush=True)
             write_table(out, make_table(cfg, known, names, results, failed))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
     table = make_table(cfg, known, names, results, failed, speeds(cfg, known, names, meta))
     write_table(out, table)
     for name, draw in FIGURES.items():

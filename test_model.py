@@ -4255,10 +4255,15 @@ def test_a_loop_that_was_killed_goes_on_and_a_failure_is_a_row(drawn, tmp_path, 
     assert [row["seeds"] for row in table["rows"]] == [[1337], [1337], []]
     assert "no luck" in table["rows"][2]["failed"] and "no luck" in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8")) == table
+
+    def interrupted(settings, *parts):
+        trained.append(Path(settings.out_dir).name)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train", interrupted)
     trained[:] = []
-    ablate.ablate(cfg)
-    assert trained == [("prefix-1337", True)]
-    capsys.readouterr()
+    table = ablate.ablate(cfg)
+    assert trained == ["prefix-1337"] and [row["seeds"] for row in table["rows"]] == [[1337], [1337], []]
+    assert "2 of 3 runs are there" in capsys.readouterr().out
 
 
 def test_speeds_are_shares_of_that_of_full(drawn, monkeypatch):
