@@ -680,10 +680,11 @@ def draw_differences(table):
     axes.set_yticks(range(len(rows)), [f"{r['variant']} ({len(r['seeds'])})" for r in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     ends = [v for r in rows for v in r["accuracy"]["pairs"]] + [0]
+    ends += [r["accuracy"]["difference"].get(end, 0) for r in rows for end in ("low", "high")]
     ticks = [t for t in (-40, -20, -10, -5, -3, -2, -1, 0, 1, 2, 3, 5, 10) if min(ends) - 2 < t < max(ends) + 2]
     axes.set_xscale("symlog", linthresh=3)                  # a blind model loses 40 points, others one
     axes.set_xticks(ticks, [f"{t:+d}" if t else "0" for t in ticks])
-    axes.set_xlim(1.4 * min(ends) - 1, 1.4 * max(ends) + 1)
+    axes.set_xlim(1.1 * min(ends) - 0.5, 1.1 * max(ends) + 0.5)
     axes.set_xlabel("points of balanced accuracy against full: each seed (how many), mean, 95% interval; orange: shown")
     return figure
 
@@ -697,10 +698,10 @@ def draw_measures(table):
             for line in found]
     digits = [2 if m in ("enrichment", "entropy") else 1 for m in names]
     texts = [[f"{d['mean']:+.{k}f}" if d["n"] else "" for d, k in zip(line, digits)] for line in found]
-    heads = [f"{MEASURES[m]}\nfull: {full[m]['value']:.{k}f}" for m, k in zip(names, digits)]
+    heads = [MEASURES[m].replace(" ", "\n", 1) + f"\nfull: {full[m]['value']:.{k}f}" for m, k in zip(names, digits)]
     figure, ((axes,),) = visualize.plot(1, 1, 1.2 + 0.2 * len(rows))
-    visualize.heat(axes, size, [r["variant"] for r in rows], [head.replace(" ", "\n", 1) for head in heads], texts,
-                   cmap="PuOr", norm=visualize.matplotlib.colors.Normalize(-3, 3), bar="difference / detectable")
+    visualize.heat(axes, size, [r["variant"] for r in rows], heads, texts, cmap="PuOr",
+                   norm=visualize.matplotlib.colors.Normalize(-3, 3), bar="difference / detectable")
     return figure
 
 
