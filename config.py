@@ -137,6 +137,12 @@ page = False                  # write the interactive page instead of the report
 beam = 1                      # beams of the reason's generation; 1 = greedy
 max_new_tokens = 32           # longest generated answer + reason
 
+# ---- ablations: python ablate.py ----
+variants = ""                 # variants to train, comma-separated; empty = all
+seeds = 3                     # seeds of each variant; twice as many of those that matter most
+budget_minutes = 0.0          # all runs together, by scaling the updates of all alike; 0 = as the preset says
+robustness = False            # train nothing: disturb the pictures and commands of out_dir's best.pt
+
 PRESETS = {
     "default": {},
     # One GPU: PaliGemma-like proportions at ImageNet resolution, under 50M parameters.
@@ -144,6 +150,13 @@ PRESETS = {
                  vision_layers=8, vision_heads=6, vision_ffn_dim=1536, text_dim=384, text_layers=6, text_head_dim=64,
                  text_ffn_dim=1024, batch_size=64, lr=1e-3, lr_projection=5e-4, lr_vision=5e-4, max_steps=6000,
                  out_dir="out/base", data_dir="data_base"),
+    # python ablate.py: a run of a minute or two on one core, so that many fit; scenes of at most two objects.
+    "ablation": dict(image_size=48, patch_size=8, stem_width=16, min_pixels=10.0, max_complexity=2, num_scenes=40000,
+                     num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2, vision_ffn_dim=128,
+                     text_dim=64, text_layers=2, text_heads=4, text_ffn_dim=128, commands_per_image=4,
+                     descriptions_per_image=1, max_steps=1600, see_steps=900, warmup_steps=50, lr=8e-3,
+                     lr_projection=3e-3, lr_vision=2e-3, eval_every=200, eval_items=800, sample_items=600,
+                     out_dir="out/ablation", data_dir="data_ablation"),
 }
 CHOICES = {
     "preset": tuple(PRESETS), "source": ("drawn", "bdd100k"), "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -227,7 +240,7 @@ def check(cfg):
                 "eval_every", "log_every", "eval_batch", "max_text", "commands_stored", "beam", "max_new_tokens",
                 "lr", "lr_vision", "lr_projection", "eps", "rope_theta", "text_head_dim", "stem_width", "bootstrap",
                 "save_top", "prefetch", "sample_items", "probe_items", "head_items",
-                "stored_maps", "dpi", "max_describe", "answer_weight", "yes_weight", "min_cell"]
+                "stored_maps", "dpi", "max_describe", "answer_weight", "yes_weight", "min_cell", "seeds"]
     for name in positive:
         need(0 < getattr(cfg, name) < math.inf, f"{name} must be above 0 and finite, got {getattr(cfg, name)}")
     need(cfg.commands_stored >= 2, f"commands_stored must be at least 2, one YES and one NO, got {cfg.commands_stored}")
@@ -244,7 +257,7 @@ def check(cfg):
          f"commands_per_image={cfg.commands_per_image}")
     for name in ["workers", "num_ood_scenes", "warmup_steps", "weight_decay", "grad_clip", "min_lr", "eval_items",
                  "seed", "scene_seed", "see_steps", "tag_weight", "focal_gamma", "entropy_weight", "contrast_weight",
-                 "max_complexity", "lora_rank"]:
+                 "max_complexity", "lora_rank", "budget_minutes"]:
         need(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
     return cfg
 

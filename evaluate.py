@@ -154,20 +154,36 @@ def sign_flip_test(differences):
     return float((sums >= abs(d.sum()) * (1 - 1e-12)).mean())
 
 
-def t_test(differences):
-    """(mean, low, high, two-sided p) of paired differences by Student's t; 95% interval.
+@functools.lru_cache
+def student(df):
+    """Angles a, and P(|t| < sqrt(df) tan(a)) for Student's t.
 
     With t = sqrt(df) tan(a), t's density becomes cos(a)^(df - 1), which is summed here on a fine grid.
     """
-    d = np.asarray(differences, float)
-    df, mean, error = len(d) - 1, d.mean(), d.std(ddof=1) / math.sqrt(len(d))
     angle = np.linspace(0, math.pi / 2, 200001)
     density = np.cos(angle) ** (df - 1)
     inside = np.concatenate(([0], np.cumsum(density[1:] + density[:-1])))
-    inside /= inside[-1]                                                          # P(|t| < sqrt(df) tan(angle))
-    critical = math.sqrt(df) * math.tan(np.interp(0.95, inside, angle))
+    return angle, inside / inside[-1]
+
+
+def t_within(share, df):
+    """The t within which Student's t stays with probability `share`."""
+    angle, inside = student(df)
+    return math.sqrt(df) * math.tan(np.interp(share, inside, angle))
+
+
+def t_interval(mean, error, df):
+    """(mean, low, high, two-sided p) of a mean with its standard error, by Student's t; 95% interval."""
+    angle, inside = student(df)
+    reach = t_within(0.95, df) * error
     p = 1 - np.interp(math.atan2(abs(mean), error * math.sqrt(df)), angle, inside) if error or mean else 1.0
-    return float(mean), float(mean - critical * error), float(mean + critical * error), float(p)
+    return float(mean), float(mean - reach), float(mean + reach), float(p)
+
+
+def t_test(differences):
+    """As t_interval, of paired differences."""
+    d = np.asarray(differences, float)
+    return t_interval(d.mean(), d.std(ddof=1) / math.sqrt(len(d)), len(d) - 1)
 
 
 def holm(p_values):
@@ -249,8 +265,8 @@ def calibration(odds, truth):
 class Subject:
     """A trained model with what is needed to ask it: settings, tokenizer, channel means, device, precision."""
 
-    def __init__(self, cfg):
-        self.model, self.cfg, self.tokenizer, self.state, self.device = train.load_model(cfg)
+    def __init__(self, cfg, make_model=VLM):
+        self.model, self.cfg, self.tokenizer, self.state, self.device = train.load_model(cfg, make_model)
         self.dtype, self.why = train.pick_dtype(self.cfg, self.device)
 
     def images(self, pictures):
@@ -415,7 +431,8 @@ def blind_model(subject, meta, steps=300, size=256):
 
 # ---- twins ----
 
-def _draw_twin(job):
+def draw_twin(job):
+    """The picture of an edited scene; job: its name, the edit, settings."""
     name, edit, cfg = job
     return prepare.draw_scene(prepare.apply_edit(prepare.sample_scene(name, cfg), edit), cfg.image_size)
 
@@ -435,7 +452,7 @@ def twins(subject, asked, odds):
         known = [e for e in edits if e[kind]]
         at = np.array([position[e["item"]] for e in known], int)
         jobs = [(Path(asked.frames[asked.picture[i]]["name"]).stem, e[kind], cfg) for i, e in zip(at, known)]
-        pictures = prepare.parallel(_draw_twin, jobs, cfg, f"{kind} twins", len(jobs))
+        pictures = prepare.parallel(draw_twin, jobs, cfg, f"{kind} twins", len(jobs))
         edited = np.concatenate(list(subject.ask(zip(pictures, ([asked.prompts[i]] for i in at)))) or [np.zeros(0)])
         changed, own = (edited > 0) != (odds[at] > 0), asked.picture[at]
         if not flips:
@@ -712,7 +729,7 @@ def stability(subject, asked, count):
         with open(Path(cfg.data_dir) / "twins.jsonl", encoding="utf-8") as file:
             edits = {e["item"]: e["neutral"] for e in map(json.loads, file)}
         kept = [k for k, i in enumerate(chosen) if edits.get(int(asked.rows[i]))]
-        jobs = ((_draw_twin((Path(asked.frames[asked.picture[i]]["name"]).stem, edits[int(asked.rows[i])], cfg)),
+        jobs = ((draw_twin((Path(asked.frames[asked.picture[i]]["name"]).stem, edits[int(asked.rows[i])], cfg)),
                  [asked.prompts[i]]) for i in chosen[kept])
         near = maps_of(jobs).reshape(len(kept), -1)
         found["similar scene"] = {k: mean_row(where[kept], v, resamples, 1)

@@ -917,7 +917,8 @@ def _draw_one(job):
     names = [label["category"] for label in frame["labels"]]
     for label, share in zip(frame["labels"], commands.visible_shares(boxes, names, cfg.image_size)):
         label["attributes"]["occluded"] = share < 0.7
-    return draw_scene(spec, cfg.image_size), _entry(frame, "", cfg)
+    entry = _entry(frame, "", cfg)
+    return draw_scene(spec, cfg.image_size) if entry[0] else None, entry
 
 
 def _decode_one(job):

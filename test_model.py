@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import ablate
 import commands
 import config
 import evaluate
@@ -3309,8 +3310,8 @@ def test_a_model_without_pictures_scores_50_unless_the_questions_give_answers_aw
 def test_a_twin_is_drawn_from_its_scene_and_edit(drawn):
     frame = next(f for f in drawn.frames if f["split"] == "test" and len(f["labels"]) > 2)
     name, none = Path(frame["name"]).stem, dict(remove=[], add=[])
-    assert np.array_equal(evaluate._draw_twin((name, none, drawn.cfg)), drawn.images[frame["index"]])
-    edited = evaluate._draw_twin((name, dict(remove=[0], add=[]), drawn.cfg))
+    assert np.array_equal(evaluate.draw_twin((name, none, drawn.cfg)), drawn.images[frame["index"]])
+    edited = evaluate.draw_twin((name, dict(remove=[0], add=[]), drawn.cfg))
     assert 10 < (edited != drawn.images[frame["index"]]).any(-1).sum() < SIZE * SIZE / 2
 
 
@@ -3318,7 +3319,7 @@ def test_twins_tell_who_looks_from_who_does_not(drawn, tested, monkeypatch):
     """Instead of a drawn picture, the edited scene itself: one answers by its truth, one says YES, one always flips."""
     question_by = {tuple(ids): q for ids, q in zip(tested.prompts, tested.questions)}
     cfg = changed(drawn.cfg, bootstrap=50)
-    monkeypatch.setattr(evaluate, "_draw_twin", lambda job: View(prepare.scene_frame(prepare.apply_edit(
+    monkeypatch.setattr(evaluate, "draw_twin", lambda job: View(prepare.scene_frame(prepare.apply_edit(
         prepare.sample_scene(job[0], job[2]), job[1]), job[2]), job[2]))
 
     def by(rule):
@@ -3928,17 +3929,21 @@ def test_the_report_holds_every_figure_and_needs_no_network(told, capsys, monkey
     monkeypatch.setattr(visualize, "save", save)
     out = Path(told.out_dir)
     (out.parent / "ablation").mkdir(exist_ok=True)
-    (out.parent / "ablation" / "table.md").write_text("| a | b |\n|---|---|\n| 1 | <2> |\n")
+    (out.parent / "ablation" / "table.md").write_text("Said <so>.\n\n| a | b |\n|---|---|\n| 1 | <2> |\n")
+    (out / "robustness.md").write_text("| c |\n|---|\n| 3 |\n")
+    for name in ("ablation/differences", f"{out.name}/robustness"):
+        Image.new("RGB", (9, 9)).save(out.parent / f"{name}.png")
     visualize.main(told)
     said, text = capsys.readouterr().out, (out / "report.html").read_text(encoding="utf-8")
     made = set(visualize.FIGURES) - {"pairs"}             # too few questions here for that one
     assert {path.stem for path in (out / "figures").iterdir()} == made and "no figure 'pairs'" in said
     assert all(f"{out / 'figures' / name}." in said for name in made)
-    assert len(re.findall(r'src="data:image/(?:webp|gif);base64,', text)) == len(made)
+    assert len(re.findall(r'src="data:image/(?:webp|gif);base64,', text)) == len(made) + 2
     assert not re.search(r"(src|href)=\"(?!data:|#)|https?:|@[A-Z]+@|\bnan\b", text)
     page = json.loads((out / "eval.json").read_text(encoding="utf-8"))
     assert visualize.shown_row(page["overall"]) in text and f"seed {told.seed}" in text
-    assert "| 1 | &lt;2&gt; |" in text
+    assert "<p>Said &lt;so&gt;.</p>" in text and "<tr><td>1</td><td>&lt;2&gt;</td></tr>" in text
+    assert "<th>c</th></tr><tr><td>3</td></tr>" in text
 
 
 def test_examples_are_drawn_by_the_seed(told, monkeypatch):
@@ -4073,3 +4078,371 @@ def test_the_script_ends_with_status_2_and_one_line(saved, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stop:
         config.run(visualize.main, visualize.__doc__)
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ---- ablations ----
+
+def ablated(drawn, name, **changes):
+    """(settings, maker of the model, maker of the commands) of a variant of a small model."""
+    cfg = small_run(drawn, "unused", **{**dict(vision_layers=2, text_layers=2, vision_heads=2, text_heads=4,
+                                               text_kv_heads=2, text_head_dim=8), **changes})
+    variant = ablate.variants(cfg)[name]
+    return ablate.settings_of(cfg, variant, "unused", 0), variant.model, variant.data
+
+
+def variant_model(drawn, name, **changes):
+    cfg, make, _ = ablated(drawn, name, **changes)
+    torch.manual_seed(0)
+    return make(cfg, len(Tokenizer(commands.vocabulary()))).eval()
+
+
+def test_every_variant_learns_and_shows_where_it_looks(drawn):
+    """None is the same as "full", each has a gradient everywhere, and maps that sum to 1."""
+    seen, plain = {}, train.Data(drawn.cfg, drawn.meta, "train")
+    for name in ablate.variants(DEFAULTS):
+        cfg, make, make_data = ablated(drawn, name)
+        data = plain if make_data is train.Data else make_data(cfg, drawn.meta, "train")
+        data.cfg = cfg
+        torch.manual_seed(0)
+        model, batch = make(cfg, len(data.tokenizer)), data.batch(0, 2)
+        loss = train.batch_loss(model, None, batch, cfg, 100.0)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters()), name
+        model.eval()
+        images = batch.images[:, :3]
+        with torch.no_grad():
+            _, attn = model(images, batch.tokens, return_attn=True)
+        real = batch.tokens.flatten(0, 1) != tokenizer.PAD
+        side = cfg.image_size // cfg.patch_size
+        assert attn["cross"].shape[-1] == side * side
+        total = attn["cross"].sum(-1).transpose(2, 3)[:, real]
+        close(total, torch.ones_like(total), 1e-4)
+        settings = tuple(sorted((k, str(v)) for k, v in vars(cfg).items()))
+        seen[name] = (settings, round(loss.item(), 5))
+    assert len(set(seen.values())) == len(seen)
+
+
+def test_without_cross_attention_every_word_gets_the_mean_of_the_values(drawn):
+    model = variant_model(drawn, "no_cross")
+    cross = model.decoder.blocks[0].cross
+    vision, asks = torch.randn(2, 16, model.cfg.text_dim), torch.randn(2, 3, model.cfg.text_dim)
+    k, v = cross.keys_values(vision)
+    mean = v.mean(2).repeat_interleave(cross.shared, 1).flatten(1)                # (N, H*d)
+    close(cross(asks, k, v), cross.out(mean)[:, None].expand(-1, 3, -1))
+
+
+def test_a_blind_model_sees_nothing(drawn):
+    model, tokens = variant_model(drawn, "blind"), words(2, 3, 8)
+    size = model.cfg.image_size
+    with torch.no_grad():
+        assert torch.equal(model(pictures(2, size), tokens), model(pictures(2, size) + 1, tokens))
+
+
+def test_the_prefix_equals_one_stream_of_patches_and_words(drawn):
+    """By hand, in one sequence: patches see one another, words see all patches and the words before."""
+    model = variant_model(drawn, "prefix")
+    decoder, P, T = model.decoder, 9, 6
+    tokens, vision = words(2, T), torch.randn(2, P, model.cfg.text_dim)
+    positions = torch.arange(P + T)
+    cos, sin = rope_tables(P + T, model.cfg.text_head_dim, model.cfg.rope_theta)
+    rope = [t[positions].repeat(2, 1)[:, None] for t in (cos, sin)]
+    allowed = (positions < P)[None] | (positions[None] <= positions[:, None]) & (positions >= P)[:, None]
+    mask = torch.zeros(2, 1, P + T, P + T).masked_fill(~allowed, float("-inf"))
+    packing = Packing(torch.arange(2 * (P + T)), 2, P + T)
+    x = torch.cat((vision, decoder.embedding(tokens) * math.sqrt(model.cfg.text_dim)), 1).flatten(0, 1)
+    for block in decoder.blocks:
+        h = block.norm1(x)
+        k, v = block.attn.keys_values(h, rope, packing)
+        x = x + Attention.forward(block.attn, h, k, v, mask, rope, packing)
+        x = x + block.ffn(block.norm3(x))
+    attn = {"self": [], "cross": []}
+    close(decoder(tokens, vision, attn=attn), decoder.norm(x).view(2, P + T, -1)[:, P:], 1e-4)
+    assert attn["cross"][0].shape == (2, model.cfg.text_heads, T, P) and attn["self"][0].shape[-1] == T
+
+
+def test_positions_of_the_text_are_absent_or_learned(drawn):
+    """Without any, one layer sees which words came before, not in what order."""
+    for name, tells in (("full", True), ("no_rope", False), ("learned_positions", True)):
+        model = variant_model(drawn, name, text_layers=1)
+        with torch.no_grad():
+            a, b = model.decoder(torch.tensor([[7, 8, 9, 10], [8, 7, 9, 10]]))[:, -1]
+        assert ((a - b).abs().max() > 1e-3) == tells, name
+
+
+def test_without_places_patches_only_know_what_they_show(drawn):
+    model = variant_model(drawn, "no_positions", stem="patch")
+    size = model.cfg.image_size
+    image, half = pictures(1, size), size // 2
+    moved = torch.roll(image, half, 3)
+    with torch.no_grad():
+        a, b = (model.encode(x).unflatten(1, (size // model.cfg.patch_size,) * 2) for x in (image, moved))
+    close(a.roll(half // model.cfg.patch_size, 2), b, 1e-4)
+
+
+def test_the_boxes_of_a_batch_are_those_of_its_pictures(drawn):
+    cfg, _, make_data = ablated(drawn, "boxes", flip=1.0, jitter=0.1)
+    batch, plain = make_data(cfg, drawn.meta, "train").batch(0, 8), train.Data(cfg, drawn.meta, "train").batch(0, 8)
+    close(batch.images[:, :3], plain.images)
+    data, size = train.Data(cfg, drawn.meta, "train"), cfg.image_size
+    order = np.random.default_rng([cfg.seed, 0]).permutation(len(data.pictures))[:8]
+    for masks, k in zip(batch.images[:, 3:] > 0.5, order):
+        labels = drawn.frames[data.pictures[k]]["labels"]
+        for c, category in enumerate(CATEGORIES):
+            own = [label for label in labels if label["category"] == category]
+            assert np.array_equal(masks[c].numpy()[:, ::-1], evaluate.cover(own, size, size).reshape(size, size) > 0)
+    cfg, _, make_data = ablated(drawn, "random_boxes", flip=1.0)
+    moved = make_data(cfg, drawn.meta, "train").batch(0, 8).images[:, 3:] > 0.5
+    assert torch.equal(moved.sum((2, 3)), (batch.images[:, 3:] > 0.5).sum((2, 3)))
+    assert not torch.equal(moved, batch.images[:, 3:] > 0.5)
+
+
+def test_the_loss_of_boxes_is_the_attention_that_misses_them(drawn):
+    cfg, make, make_data = ablated(drawn, "boxes")
+    data = make_data(cfg, drawn.meta, "train")
+    torch.manual_seed(0)
+    model, batch = make(cfg, len(data.tokenizer)), data.batch(0, 4)
+    with torch.no_grad():
+        vision = model.encode(batch.images)
+        with_boxes = model.decode(vision, batch.tokens, batch.targets)
+        plain, attn = VLM.decode(model, vision, batch.tokens, batch.targets, attn={"self": [], "cross": []})
+        maps, missed = attn["cross"].mean((0, 2)).unflatten(0, batch.tokens.shape[:2]), []
+        side = cfg.image_size // cfg.patch_size
+        for b, k, t in np.ndindex(*batch.tokens.shape):
+            word = data.tokenizer.words[batch.tokens[b, k, t]]
+            for c, category in enumerate(CATEGORIES):
+                mask = (batch.images[b, 3 + c] > 0.5).unflatten(0, (side, -1)).unflatten(2, (side, -1)).any(3).any(1)
+                if word in evaluate.NAMED[category] and mask.any():
+                    missed.append(-math.log(maps[b, k, t][mask.flatten()].sum()))
+    assert missed and with_boxes - plain == pytest.approx(model.weight * np.mean(missed), rel=1e-4)
+
+
+def test_answers_only_teach_no_reason_and_all_descriptions(drawn):
+    cfg, _, make_data = ablated(drawn, "no_reasons")
+    batch, plain = make_data(cfg, drawn.meta, "train").batch(0, 8), train.Data(cfg, drawn.meta, "train").batch(0, 8)
+    question = ((plain.targets == tokenizer.YES) | (plain.targets == tokenizer.NO)).any(-1)
+    assert torch.equal(batch.targets[~question], plain.targets[~question]) and (~question).any()
+    assert ((batch.targets[question] >= 0).sum(-1) == 1).all() and (plain.targets[question] >= 0).sum(-1).min() > 1
+
+
+def test_unbalanced_questions_are_true_and_give_their_answer_away(drawn):
+    cfg, _, make_data = ablated(drawn, "no_balance")
+    data, plain = make_data(cfg, drawn.meta, "train"), train.Data(cfg, drawn.meta, "train")
+    assert np.array_equal(np.bincount(data.index[:, 0]), np.bincount(plain.index[:, 0]))
+    items = ablate.unbalanced_items(cfg.data_dir, tuple(sorted((k, getattr(cfg, k)) for k in config.DATA_KEYS)))
+    asked = [i for i in items if i["answer"] is not None]
+    for item in asked[::50]:
+        truth = question_of(item).truth(drawn.views[item["picture"]])
+        assert truth == (YES if item["answer"] else NO) and not question_of(item).held_out
+    share = np.mean([i["answer"] for i in asked])
+    assert abs(share - 0.5) > 0.1 and share == pytest.approx((data.index[:, 3] == 1).sum() / len(asked))
+    prompts = [data.tokens[r, :data.index[r, 1]].tolist() for r in (0, 5)]
+    assert prompts == [data.tokenizer.prompt(items[r]["command"]) for r in (0, 5)]
+    assert np.array_equal(make_data(cfg, drawn.meta, "val").index, train.Data(cfg, drawn.meta, "val").index)
+
+
+def test_a_shared_first_stage_is_what_the_run_itself_would_have_learned(tmp_path):
+    cfg = made_up(tmp_path, max_steps=10, see_steps=6, tag_weight=1.0, eval_every=5, vision_layers=1, text_layers=1)
+    variant = ablate.variants(cfg)["mqa"]
+    train.train(changed(cfg, out_dir=str(tmp_path / "full")), seen=tmp_path / "seen.pt")
+    alone, shared = (ablate.settings_of(cfg, variant, tmp_path / kind, cfg.seed) for kind in ("alone", "shared"))
+    train.train(alone, variant.model)
+    Path(shared.out_dir).mkdir()
+    ablate.begin(shared, variant, train.load_checkpoint(tmp_path / "seen.pt"))
+    shared.resume = True
+    train.train(shared, variant.model)
+    assert train.checksum(last_of(alone)["model"]) == train.checksum(last_of(shared)["model"])
+    assert logged(alone)[-1] == logged(shared)[-1]
+
+
+def results_of(**differences):
+    """Results of runs, {(variant, seed): measures}, whose accuracies differ from those of "full" by these."""
+    full = [90.0, 91.5, 90.5, 92.0, 89.5, 91.0]
+    made = {("full", s): a for s, a in enumerate(full)}
+    made.update({(name, s): full[s] + d for name, own in differences.items() for s, d in enumerate(own)})
+    return {key: {**dict.fromkeys(ablate.MEASURES, 1.0), "accuracy": a} for key, a in made.items()}
+
+
+def test_the_table_pairs_by_seed_and_corrects_for_all_tests():
+    losses = dict(blind=[-40.0, -41, -40.5], mqa=[0.5, -0.5, 0.1], no_cross=[-3.0, -3.2, -2.9, -3.1, -3.0, -3.3])
+    known = ablate.variants(DEFAULTS)
+    names = ["full", *losses, "entropy", "mha"]
+    table = ablate.make_table(DEFAULTS, known, names, results_of(entropy=[0.2], **losses), {"mha": "seed 0: bad | x"})
+    rows = {row["variant"]: row["accuracy"].get("difference") for row in table["rows"]}
+    assert rows["full"] is None and table["tests"] == 4 and rows["mha"] == dict(n=0, mean=None)
+    squares, df = sum(((np.array(d) - np.mean(d)) ** 2).sum() for d in losses.values()), 2 + 2 + 5
+    assert evaluate.t_within(0.95, df) == pytest.approx(2.262, abs=1e-3)                     # from the table of t
+    for name, d in [*losses.items(), ("entropy", [0.2])]:
+        error, row = math.sqrt(squares / df / len(d)), rows[name]
+        reach = (np.mean(d) - 2.262 * error, np.mean(d) + 2.262 * error)
+        assert (row["mean"], row["low"], row["high"]) == pytest.approx((np.mean(d), *reach), abs=2e-3)
+        assert ("p_sign" in row) == (len(d) > 1)
+        if len(d) > 1:
+            tests = evaluate.sign_flip_test(d), evaluate.t_test(d)[3]
+            assert (row["p_sign"], row["p_t"]) == pytest.approx(tests, abs=1e-3)
+    tested = [rows[n] for n in names[1:-1]]
+    assert [row["p_holm"] for row in tested] == pytest.approx(evaluate.holm([row["p"] for row in tested]), abs=1e-3)
+    assert [rows[n]["verdict"] for n in losses] == ["worse", "no difference shown", "worse"]
+    text = ablate.markdown(table)
+    assert "| 3 | 50.2 | -40.5 [-41.0, -40.0] |" in text and "failed, seed 0: bad / x" in text
+    assert len({line.count("|") for line in text.split("\n\n")[0].splitlines()}) == 1
+
+
+def test_the_detectable_difference_is_found_in_80_of_100_comparisons():
+    rng, n, spread = np.random.default_rng(0), 6, 2.0
+    drawn = rng.normal(0, spread, (300, n))
+    scatter, df = ablate.pooled_scatter(drawn[:40].tolist())
+    assert df == 200 and scatter == pytest.approx(spread, rel=0.15)
+    effect = ablate.compared(drawn[0], scatter, df)["detectable"]
+    found = np.mean([ablate.compared(d + effect, scatter, df)["p"] < 0.05 for d in drawn])
+    assert found == pytest.approx(0.8, abs=0.07)
+
+
+def small_loop(drawn, out, **changes):
+    """Settings of a loop of runs of a second."""
+    return small_run(drawn, out, eval_every=2, seeds=1, sample_items=40, probe_items=5, dpi=40, see_steps=2, **changes)
+
+
+def test_a_loop_that_was_killed_goes_on_and_a_failure_is_a_row(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "TWICE", ())
+    monkeypatch.setattr(visualize, "save", lambda drawn, path, dpi: visualize.plt.close("all"))
+    cfg, saves, trained = small_loop(drawn, tmp_path, variants="mqa,prefix"), [], []
+
+    def save(path, content, real=train.save_checkpoint):
+        real(path, content)
+        saves.append(path)
+        if Path(path) == tmp_path / "mqa-1337" / "last.pt" and content["step"] == 2 and len(saves) > 4:
+            raise Killed
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    with pytest.raises(Killed):
+        ablate.ablate(cfg)
+    assert (tmp_path / "full-1337" / "result.json").exists() and (tmp_path / "mqa-1337" / "last.pt").exists()
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, content, real=save: real(path, content))
+
+    def again(settings, *parts, real=train.train):
+        trained.append((Path(settings.out_dir).name, settings.resume))
+        if "prefix" in settings.out_dir:
+            raise ValueError("no luck")
+        return real(settings, *parts)
+    monkeypatch.setattr(train, "train", again)
+    saves[:] = []
+    table = ablate.ablate(cfg)
+    assert trained == [("mqa-1337", True), ("prefix-1337", True)]
+    assert [row["seeds"] for row in table["rows"]] == [[1337], [1337], []]
+    assert "no luck" in table["rows"][2]["failed"] and "no luck" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8")) == table
+
+    def interrupted(settings, *parts):
+        trained.append(Path(settings.out_dir).name)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train", interrupted)
+    trained[:] = []
+    table = ablate.ablate(cfg)
+    assert trained == ["prefix-1337"] and [row["seeds"] for row in table["rows"]] == [[1337], [1337], []]
+    assert "2 of 3 runs are there" in capsys.readouterr().out
+
+
+def test_speeds_are_shares_of_that_of_full(drawn, monkeypatch):
+    cfg, clock = small_run(drawn, "unused"), iter(np.cumsum([0, 5, 0, 5, 0, 2, 0, 4]))       # the first warms up
+    monkeypatch.setattr(ablate.time, "perf_counter", lambda: float(next(clock)))
+    found = ablate.speeds(cfg, ablate.variants(cfg), ["full", "mha"], drawn.meta, rounds=2)
+    assert found == {"full": 100, "mha": 50}
+
+
+def test_an_unknown_variant_is_named_with_the_nearest():
+    with pytest.raises(UserError, match="no variant 'no_rop', did you mean 'no_rope'"):
+        ablate.chosen_names(changed(DEFAULTS, variants="mqa,no_rop"), ablate.variants(DEFAULTS))
+    assert ablate.chosen_names(changed(DEFAULTS, variants="mqa"), ablate.variants(DEFAULTS)) == ["full", "mqa"]
+
+
+def test_a_budget_scales_the_updates_of_all_runs_alike_and_is_kept(drawn, tmp_path, monkeypatch, capsys):
+    cfg = changed(small_loop(drawn, tmp_path), max_steps=1000, see_steps=500, budget_minutes=10.0)
+    monkeypatch.setattr(train, "train", lambda cfg: Path(cfg.out_dir).mkdir() or dict(seconds=cfg.max_steps / 10))
+    planned = ablate.planned(cfg, 12, tmp_path)             # 600 s / 12 runs / 0.1 s an update
+    assert (planned.max_steps, planned.see_steps) == (500, 250)
+    monkeypatch.setattr(train, "train", killed)
+    assert ablate.planned(cfg, 12, tmp_path) == planned
+    capsys.readouterr()
+
+
+# ---- robustness ----
+
+def test_the_control_of_a_change_is_the_same_change_elsewhere():
+    rng, picture = np.random.default_rng(0), np.full((16, 16, 3), 128, np.uint8)
+    for kind in ("noise", "blur", "brightness", "jpeg"):
+        sizes = []
+        noisy = rng.integers(60, 190, (96, 96, 3)).astype(np.uint8)
+        for strength in range(5):
+            changed_picture = ablate.disturb(kind, strength, noisy, rng)
+            assert changed_picture.shape == noisy.shape and changed_picture.dtype == np.uint8
+            sizes.append(float(np.abs(changed_picture.astype(int) - noisy).mean()))
+        assert sizes == sorted(sizes) and sizes[0] > 0, (kind, sizes)
+    changed_picture = picture.copy()
+    changed_picture[:4] = 200
+    moved = ablate.scattered(picture, changed_picture, rng)
+    assert (moved == 200).sum() == (changed_picture == 200).sum() and not np.array_equal(moved, changed_picture)
+
+
+@pytest.fixture(scope="module")
+def subject(drawn, tmp_path_factory):
+    """A small untrained model, saved and loaded, that can be asked about the drawn data."""
+    root = tmp_path_factory.mktemp("robust")
+    cfg = small_run(drawn, root, vision_layers=1, text_layers=2, bootstrap=20, probe_items=6, dpi=40)
+    torch.manual_seed(0)
+    words = commands.vocabulary()
+    train.save_checkpoint(root / "best.pt", dict(
+        format=train.FORMAT, model=VLM(cfg, len(Tokenizer(words))).state_dict(), config=vars(cfg), words=words,
+        mean=drawn.meta["mean"], std=drawn.meta["std"], step=0, data_hash=config.data_hash(cfg)))
+    return evaluate.Subject(cfg)
+
+
+def test_watching_equals_asking_and_looking(drawn, subject):
+    asked = evaluate.Questions(subject, drawn.meta, "test", 30)
+    shown = [np.asarray(asked.data.images[p]) for p in asked.picture]
+    odds, maps = ablate.watch(subject, shown, asked.prompts, batch=7)
+    subject.dtype = torch.float32
+    np.testing.assert_allclose(odds, asked.odds(subject), atol=1e-4)
+    np.testing.assert_allclose(maps, [c[:, :, -1].mean((0, 1)) for c in subject.look(asked.jobs())], atol=1e-5)
+
+
+def test_an_attack_stays_in_its_size_and_hurts_more_than_chance(drawn, subject):
+    asked = evaluate.Questions(subject, drawn.meta, "test", 30)
+    shown, size = [np.asarray(asked.data.images[p]) for p in asked.picture], 8
+    clean, std = subject.images(np.stack(shown)), torch.tensor(drawn.meta["std"]).view(3, 1, 1)
+    signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], clean.shape).astype(np.float32))
+    right = lambda pictures: np.mean(np.where(asked.truth, 1, -1) * ablate.watch(          # noqa: E731
+        subject, pictures, asked.prompts)[0])
+    odds = [right(clean + size / 255 / std * signs)]
+    for steps in (1, 7):
+        hurt = ablate.attack(subject, shown, asked.prompts, asked.truth, size, steps)
+        assert ((hurt - clean).abs() * std * 255).max() <= size + 1e-3
+        odds.append(right(hurt))
+    assert odds[0] > odds[1] > odds[2]
+
+
+def test_commands_are_misworded_as_told():
+    rng, question, command = random.Random(0), Question("exists_at", "bus", "left"), "is there a bus on the left"
+    for _ in range(20):
+        for kind, mine in (("typing error in a word that matters", {"bus", "left"}),
+                           ("typing error in another word", {"is", "there", "a", "on", "the"})):
+            text = ablate.misworded(question, command, kind, rng)
+            wrong = [a for a, b in zip(command.split(), text.split()) if a != b]
+            assert len(wrong) == 1 and wrong[0] in mine and len(text.split()) == len(command.split())
+        swapped = ablate.misworded(question, command, "two neighbouring words exchanged", rng)
+        assert sorted(swapped.split()) == sorted(command.split()) and swapped != command
+    no_object = ablate.misworded(Question("stop", "", ""), "must we stop", "typing error in a word that matters", rng)
+    assert no_object is None
+
+
+def test_robustness_writes_every_study(subject, capsys, monkeypatch):
+    monkeypatch.setattr(ablate, "CAMERAS", dict(list(ablate.CAMERAS.items())[:1]))
+    monkeypatch.setattr(visualize, "save", lambda drawn, path, dpi: visualize.plt.close("all"))
+    monkeypatch.setattr(prepare, "WEATHERS", prepare.WEATHERS[:2])
+    page = ablate.robustness(subject.cfg)
+    out = Path(subject.cfg.out_dir)
+    assert [*page["disturbed"], *page["attacked"]] == ["noise", "blur", "brightness", "jpeg", "fgsm", "pgd"]
+    assert all(len(entries) == 5 for entries in [*page["disturbed"].values(), *page["attacked"].values()])
+    assert page["clean"]["cosine"]["value"] == pytest.approx(1, abs=1e-4) and set(ablate.CAMERAS) <= set(page["scenes"])
+    assert page["scenes"]["as drawn"] == page["clean"] and "no real frames" in capsys.readouterr().out
+    text = (out / "robustness.md").read_text(encoding="utf-8")
+    assert text.count("| noise ") == 5 and "FGSM" in text
+    assert json.loads((out / "robustness.json").read_text(encoding="utf-8")) == page

@@ -55,7 +55,8 @@ FORMAT = 2                    # of checkpoints
 WEIGHTS = {"format", "config", "words", "mean", "std", "data_hash", "step", "model"}
 PROGRESS = {"tagger", "optimizer", "scaler", "best", "since_best", "top", "unlogged"}
 # What may differ when a run goes on; any other setting would change what was being trained.
-RESUMABLE = {k for k, (section, _, _) in config.SETTINGS.items() if section in ("evaluation", "answering")} | {
+RESUMABLE = {k for k, (section, _, _) in config.SETTINGS.items()
+             if section in ("evaluation", "answering", "ablations")} | {
     "resume", "device", "dtype", "workers", "prefetch", "log_every", "eval_every", "eval_items", "tensorboard",
     "save_top", "max_steps", "early_stopping", "out_dir", "data_dir", "attention"}
 
@@ -529,10 +530,10 @@ def load_weights(module, weights, path):
     module.load_state_dict(weights)
 
 
-def load_model(cfg):
+def load_model(cfg, make_model=VLM):
     """(model in eval mode, its settings with cfg's run and evaluation settings, tokenizer, state, device).
 
-    LoRA's changes are merged into the weights.
+    LoRA's changes are merged into the weights. make_model: as for `train`.
 
     The checkpoint is cfg.checkpoint or out_dir/best.pt.
     """
@@ -540,11 +541,11 @@ def load_model(cfg):
     state = load_checkpoint(path, device)
     trained = dict(vars(config.from_args()), **state["config"])
     for name, (section, _, _) in config.SETTINGS.items():
-        if section in ("run", "evaluation", "answering") or name == "attention":
+        if section in ("run", "evaluation", "answering", "ablations") or name == "attention":
             trained[name] = getattr(cfg, name)
     cfg = type(cfg)(**trained)
     tokenizer = Tokenizer(state["words"])
-    model = VLM(cfg, len(tokenizer))
+    model = make_model(cfg, len(tokenizer))
     if cfg.lora_rank:
         model.add_lora(cfg.lora_rank)
     load_weights(model.to(device), state["model"], path)
@@ -864,8 +865,12 @@ def show_example(batch, tokenizer):
     print("  " + "  ".join(tokenizer.words[t] + (f" -> {tokenizer.words[y]}" if y >= 0 else "") for t, y in pairs))
 
 
-def train(cfg):
-    """Train as cfg says; returns the dict of final numbers that it prints. With cfg.export it only exports."""
+def train(cfg, make_model=VLM, make_data=Data, seen=None):
+    """Train as cfg says; returns the dict of final numbers that it prints. With cfg.export it only exports.
+
+    For those that try other models (ablate.py): make_model and make_data make the model and its training commands;
+    seen is a file to keep the state at the end of the first stage in.
+    """
     if cfg.export:
         return export(cfg)
     start, device = time.time(), join_processes(pick_device(cfg))
@@ -882,12 +887,12 @@ def train(cfg):
           + (f"{ranks} processes, " if ranks > 1 else "") + f"torch {torch.__version__}")
     torch.manual_seed(cfg.seed)
     out = Path(cfg.out_dir)
-    data, val = Data(cfg, meta, "train"), Data(cfg, meta, "val")
+    data, val = make_data(cfg, meta, "train"), Data(cfg, meta, "val")
     if not len(data.pictures):
         raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
     if cfg.bench:
         return bench(cfg, meta, device, dtype)
-    model = VLM(cfg, len(data.tokenizer))
+    model = make_model(cfg, len(data.tokenizer))
     tagger = WordTagger(cfg.text_dim).to(device) if cfg.tag_weight else None
     if cfg.init_from and not cfg.resume:
         print(start_from(cfg, model, tagger, data))
@@ -1007,6 +1012,8 @@ def train(cfg):
                 marked, loss_sum, since = step, 0.0, 0
                 clock.seconds.clear()
 
+            if seen and step == first_stage(cfg):
+                checkpoint(seen)
             if read and step % cfg.eval_every == 0 or step == cfg.max_steps:
                 accuracy, val_loss = validate(model, val, cfg, device, dtype)
                 probe = data.batch(0, min(8, cfg.batch_size))

@@ -1017,6 +1017,22 @@ def embedded(path, dpi):
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", round(width * 128)
 
 
+def study(path, figures, dpi):
+    """HTML of a file of ablate.py, paragraphs and tables of Markdown, and of the figures beside it; "" without it."""
+    if not path.exists():
+        return ""
+    body = []
+    for part in html.escape(path.read_text(encoding="utf-8")).strip().split("\n\n"):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.split("\n")]
+        body.append(table_html(rows[0], rows[2:]) if part.startswith("|") else f"<p>{part}</p>")
+    for figure in (path.with_name(f"{name}.png") for name in figures):
+        if figure.exists():
+            source, width = embedded(figure, dpi)
+            body.append(f'<figure><div class="wide"><img src="{source}" alt="Figure: {figure.stem}" '
+                        f'style="--w: {width}px"></div></figure>')
+    return "\n".join(body)
+
+
 def write_report(path, story, drawn):
     """One HTML file with everything in it. drawn: {name: (file of the figure, caption)}."""
     page, counts, kinds = story.page, story.page["failures"]["counts"], ("vision", "language", "reasoning")
@@ -1024,8 +1040,7 @@ def write_report(path, story, drawn):
              ", ".join(f"{k} {v}" for k, v in sorted(r["families"].items())))
             for name, r in story.meta["report"].items() if isinstance(r, dict) and "commands" in r]
     failed = [(f, *(counts["type_by_family"][f].get(k, 0) for k in kinds)) for f in FAMILIES]
-    table = Path(story.cfg.out_dir).parent / "ablation" / "table.md"
-    ablations = table.read_text(encoding="utf-8") if table.exists() else ""
+    out, dpi = Path(story.cfg.out_dir), story.cfg.dpi
     sections = {
         "results": result_table(page), "data": table_html(("set", "pictures", "questions", "YES", "families"), sets),
         "model": "", "training": "", "accuracy": "",
@@ -1036,7 +1051,8 @@ def write_report(path, story, drawn):
         "is answered wrongly too. Language: the parts and most paraphrases are right. Reasoning: the parts are right, "
         f"the whole is not. {counts['low_confidence'].get('True', 0)} of them had less than 70% confidence.</p>"
         + table_html(("family", *kinds), failed),
-        "ablations": f'<pre class="wide">{html.escape(ablations)}</pre>' if ablations else "",
+        "ablations": study(out.parent / "ablation" / "table.md", ("differences", "measures"), dpi),
+        "robustness": study(out / "robustness.md", ("robustness",), dpi),
         "limits": limits(page)}
     body, nav = [], []
     for section, text in sections.items():
