@@ -2550,7 +2550,6 @@ def test_what_fits_of_a_siglip_checkpoint_is_taken_and_the_rest_named(tmp_path, 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(tmp_path, monkeypatch):
     models, loss = [], train.token_loss
-    monkeypatch.setattr(train, "VLM", lambda *args: models.append(VLM(*args)) or models[-1])
     cfg = made_up(tmp_path, eval_every=2, max_steps=6, grad_accum=2)
     out = Path(cfg.out_dir)
 
@@ -2558,7 +2557,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(t
         return loss(logits, targets, cfg) * (float("nan") if (out / "last.pt").exists() else 1.0)
     monkeypatch.setattr(train, "token_loss", spoiled)
     with pytest.raises(UserError, match="loss is nan.*step 2.*nothing was updated.*bad_batch.pt"):
-        train.train(cfg)
+        train.train(cfg, lambda *args: models.append(VLM(*args)) or models[-1])
     state, bad = train.load_checkpoint(out / "last.pt"), torch.load(out / "bad_batch.pt", weights_only=True)
     assert state["step"] == bad["step"] == 2 and bad["position"] == 2 * 2 * 4 and math.isnan(bad["loss"])
     for name, p in models[0].named_parameters():
@@ -4383,7 +4382,7 @@ def test_the_control_of_a_change_is_the_same_change_elsewhere():
 
 
 @pytest.fixture(scope="module")
-def subject(drawn, tmp_path_factory):
+def shaken(drawn, tmp_path_factory):
     """A small untrained model, saved and loaded, that can be asked about the drawn data."""
     root = tmp_path_factory.mktemp("robust")
     cfg = small_run(drawn, root, vision_layers=1, text_layers=2, bootstrap=20, probe_items=6, dpi=40)
@@ -4395,25 +4394,25 @@ def subject(drawn, tmp_path_factory):
     return evaluate.Subject(cfg)
 
 
-def test_watching_equals_asking_and_looking(drawn, subject):
-    asked = evaluate.Questions(subject, drawn.meta, "test", 30)
+def test_watching_equals_asking_and_looking(drawn, shaken):
+    asked = evaluate.Questions(shaken, drawn.meta, "test", 30)
     shown = [np.asarray(asked.data.images[p]) for p in asked.picture]
-    odds, maps = ablate.watch(subject, shown, asked.prompts, batch=7)
-    subject.dtype = torch.float32
-    np.testing.assert_allclose(odds, asked.odds(subject), atol=1e-4)
-    np.testing.assert_allclose(maps, [c[:, :, -1].mean((0, 1)) for c in subject.look(asked.jobs())], atol=1e-5)
+    odds, maps = ablate.watch(shaken, shown, asked.prompts, batch=7)
+    shaken.dtype = torch.float32
+    np.testing.assert_allclose(odds, asked.odds(shaken), atol=1e-4)
+    np.testing.assert_allclose(maps, [c[:, :, -1].mean((0, 1)) for c in shaken.look(asked.jobs())], atol=1e-5)
 
 
-def test_an_attack_stays_in_its_size_and_hurts_more_than_chance(drawn, subject):
-    asked = evaluate.Questions(subject, drawn.meta, "test", 30)
+def test_an_attack_stays_in_its_size_and_hurts_more_than_chance(drawn, shaken):
+    asked = evaluate.Questions(shaken, drawn.meta, "test", 30)
     shown, size = [np.asarray(asked.data.images[p]) for p in asked.picture], 8
-    clean, std = subject.images(np.stack(shown)), torch.tensor(drawn.meta["std"]).view(3, 1, 1)
+    clean, std = shaken.images(np.stack(shown)), torch.tensor(drawn.meta["std"]).view(3, 1, 1)
     signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], clean.shape).astype(np.float32))
     right = lambda pictures: np.mean(np.where(asked.truth, 1, -1) * ablate.watch(          # noqa: E731
-        subject, pictures, asked.prompts)[0])
+        shaken, pictures, asked.prompts)[0])
     odds = [right(clean + size / 255 / std * signs)]
     for steps in (1, 7):
-        hurt = ablate.attack(subject, shown, asked.prompts, asked.truth, size, steps)
+        hurt = ablate.attack(shaken, shown, asked.prompts, asked.truth, size, steps)
         assert ((hurt - clean).abs() * std * 255).max() <= size + 1e-3
         odds.append(right(hurt))
     assert odds[0] > odds[1] > odds[2]
@@ -4433,12 +4432,12 @@ def test_commands_are_misworded_as_told():
     assert no_object is None
 
 
-def test_robustness_writes_every_study(subject, capsys, monkeypatch):
+def test_robustness_writes_every_study(shaken, capsys, monkeypatch):
     monkeypatch.setattr(ablate, "CAMERAS", dict(list(ablate.CAMERAS.items())[:1]))
     monkeypatch.setattr(visualize, "save", lambda drawn, path, dpi: visualize.plt.close("all"))
     monkeypatch.setattr(prepare, "WEATHERS", prepare.WEATHERS[:2])
-    page = ablate.robustness(subject.cfg)
-    out = Path(subject.cfg.out_dir)
+    page = ablate.robustness(shaken.cfg)
+    out = Path(shaken.cfg.out_dir)
     assert [*page["disturbed"], *page["attacked"]] == ["noise", "blur", "brightness", "jpeg", "fgsm", "pgd"]
     assert all(len(entries) == 5 for entries in [*page["disturbed"].values(), *page["attacked"].values()])
     assert page["clean"]["cosine"]["value"] == pytest.approx(1, abs=1e-4) and set(ablate.CAMERAS) <= set(page["scenes"])
