@@ -632,9 +632,9 @@ def start_from(cfg, model, tagger, data):
         raise UserError(f"no file {path} to start from") from None
     except ImportError:
         raise UserError(f"reading {path} needs the safetensors package: pip install safetensors") from None
-    except Exception as error:                              # unpickling fails in many ways
-        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"cannot read {path}: {first}") from None
+    except Exception:                                       # unpickling fails in many ways
+        raise UserError(f"cannot read {path} as weights: it is neither a .pt nor a .safetensors file, or it is "
+                        "damaged") from None
     if not isinstance(weights, dict) or "format" not in weights:
         if cfg.lora_rank:
             raise UserError(f"{path} has no decoder, and with lora_rank={cfg.lora_rank} none would learn: set it to 0")
