@@ -74,8 +74,7 @@ def exchange(model, kind, make):
     """Put make(module) in the place of every module of class `kind`."""
     for name, module in list(model.named_modules()):
         if type(module) is kind:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, make(module))
+            model.replace(name, make(module))
 
 
 class Blind(VLM):

@@ -504,17 +504,18 @@ class VLM(nn.Module):
         self.requires_grad_(False)
         for name, layer in list(self.named_modules()):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                self._replace(name, LoRA(layer, rank))
+                self.replace(name, LoRA(layer, rank))
 
     def merge_lora(self):
         """Add the learned changes to the weights: the same model without LoRA."""
         self.adapted = False
         for name, layer in list(self.named_modules()):
             if isinstance(layer, LoRA):
-                self._replace(name, layer.merged())
+                self.replace(name, layer.merged())
         self.requires_grad_(True)
 
-    def _replace(self, name, module):
+    def replace(self, name, module):
+        """Put `module` in the place of the one that named_modules() calls `name`."""
         parent, _, own = name.rpartition(".")
         setattr(self.get_submodule(parent), own, module)
 
