@@ -48,7 +48,7 @@ from commands import CATEGORIES, MAYBE, QUESTIONS, TEMPLATES, View
 from config import UserError
 from evaluate import Questions, Subject
 from model import VLM, Attention, Decoder, DecoderBlock, GatedFFN, Packing, RMSNorm, pick_device, rope_tables
-from tokenizer import IGNORE, NO, PAD, YES
+from tokenizer import IGNORE, NO, YES
 from train import Data
 
 # ---- models that settings cannot make: each a VLM, changed ----
@@ -329,6 +329,7 @@ def variants(cfg):
         "no_describe": reads("no descriptions to read, more questions instead", descriptions_per_image=0),
         "frozen_vision": of("vision encoder left random; text alone, for as long", freeze_vision_steps=-1, **unseen),
         "no_augmentation": of("no flips, no jitter", flip=0.0, jitter=0.0),
+        "more_jitter": of("brightness and contrast jittered by 40%", jitter=0.4),
         "no_balance": reads("training questions drawn whatever their answer", data=Unbalanced),
         "stem_patch": of("one convolution with kernel = stride = patch as the stem", stem="patch"),
         "half_width": of("half the width everywhere", **half),
@@ -392,23 +393,21 @@ class Bench:
 
 def speeds(cfg, known, names, meta, rounds=7):
     """{variant: pairs/s of reading, in % of those of "full"}, taken in turns: a busy machine slows all alike."""
-    parts, took = {}, {name: [] for name in names}
+    device, parts, took = pick_device(cfg), {}, {name: [] for name in names}
+    dtype, _ = train.pick_dtype(cfg, device)
+    clock = train.Clock(device, exact=True)
     for name in names:
         settings = settings_of(cfg, known[name], "", cfg.seed)
         data = known[name].data(settings, meta, "train")
-        model = known[name].model(settings, len(data.tokenizer)).to(device := pick_device(settings)).train()
-        batch = train.Batch(**{k: t.to(device) for k, t in vars(data.batch(0, cfg.batch_size)).items()})
-        parts[name] = model, batch, settings, train.make_optimizer(model, None, settings, device)
+        learner = train.learner(settings, data, device, dtype, known[name].model)
+        learner[0].freeze("vision", settings.freeze_vision_steps < 0)
+        parts[name] = learner, [data.batch(0, cfg.batch_size)], settings
     for _ in range(rounds):
-        for name, (model, batch, settings, optimizer) in parts.items():
-            start = time.perf_counter()
-            model.freeze("vision", settings.freeze_vision_steps < 0)
-            loss = train.batch_loss(model, None, batch, settings, 1000.0)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()                                     # waits for a GPU
-            took[name].append(time.perf_counter() - start)
+        for name, (learner, micros, settings) in parts.items():
+            clock("between")
+            clock.seconds.clear()
+            train.update(*learner, micros, train.total_weight(micros, cfg), True, dtype, settings, clock)
+            took[name].append(sum(clock.seconds.values()))
     return {name: 100 * float(np.median(np.array(took["full"][1:]) / took[name][1:])) for name in names}
 
 
@@ -748,12 +747,17 @@ def watch(subject, pictures, prompts, batch=16):
         shown, attn = pictures[i:i + batch], {"self": [], "cross": []}
         shown = shown if torch.is_tensor(shown) else subject.images(np.stack(shown))
         tokens = train.rectangle([[ids] for ids in prompts[i:i + batch]])[:, 0].to(subject.device)        # (n, T)
-        hidden = model.decoder(tokens, model.encode(shown.to(subject.device)), attn=attn)
-        row, last = torch.arange(len(tokens), device=tokens.device), (tokens != PAD).sum(1) - 1
-        logits = model.decoder.logits(hidden[row, last])
-        odds.append((logits[:, YES] - logits[:, NO]).cpu().numpy())
+        found, last = train.verdicts(model.decoder, tokens, model.encode(shown.to(subject.device)), attn)
+        odds.append(found.cpu().numpy())
+        row = torch.arange(len(tokens), device=tokens.device)
         maps.append(torch.stack(attn["cross"])[:, row, :, last].mean((1, 2)).cpu().numpy())               # (n, P)
     return np.concatenate(odds), np.concatenate(maps)
+
+
+def possible(images, state):
+    """Normalised pictures (n, 3, S, S), their channels cut back to what a pixel can be."""
+    mean, std = (torch.tensor(state[k], device=images.device).view(3, 1, 1) for k in ("mean", "std"))
+    return images.maximum(-mean / std).minimum((1 - mean) / std)
 
 
 def attack(subject, pictures, prompts, truth, size, steps, batch=16):
@@ -766,14 +770,14 @@ def attack(subject, pictures, prompts, truth, size, steps, batch=16):
     for i in range(0, len(prompts), batch):
         clean = subject.images(np.stack(pictures[i:i + batch]))
         tokens = train.rectangle([[ids] for ids in prompts[i:i + batch]])[:, 0].to(subject.device)
-        row, last = torch.arange(len(tokens), device=tokens.device), (tokens != PAD).sum(1) - 1
         sign = torch.tensor(1.0 - 2 * truth[i:i + batch], device=tokens.device)   # a right YES should fall, a NO rise
         changed, step = clean.clone(), limit if steps == 1 else 2.5 * limit / steps
         for _ in range(steps):
             changed.requires_grad_(True)
-            logits = model.decoder.logits(model.decoder(tokens, model.encode(changed))[row, last])
-            gradient, = torch.autograd.grad((sign * (logits[:, YES] - logits[:, NO])).sum(), changed)
+            odds, _ = train.verdicts(model.decoder, tokens, model.encode(changed))
+            gradient, = torch.autograd.grad((sign * odds).sum(), changed)
             changed = (changed.detach() + step * gradient.sign()).clamp(clean - limit, clean + limit)
+            changed = possible(changed, subject.state)
         found.append(changed.cpu())
     return torch.cat(found)
 
@@ -852,7 +856,7 @@ class Trial:
         clean, std = self.subject.images(np.stack(pictures)).cpu(), torch.tensor(self.subject.state["std"])
         for size in ATTACK:
             signs = torch.from_numpy(np.random.default_rng(size).choice([-1, 1], clean.shape).astype(np.float32))
-            control = self.row(clean + size / 255 / std.view(3, 1, 1) * signs, of=of)
+            control = self.row(possible(clean + size / 255 / std.view(3, 1, 1) * signs, self.subject.state), of=of)
             for kind, steps in (("fgsm", 1), ("pgd", 7)):
                 changed = attack(self.subject, pictures, prompts, self.truth[of], size, steps)
                 found[kind].append(dict(strength=size, **self.row(changed, of=of), control=control))

@@ -37,7 +37,7 @@ import train
 from commands import CATEGORIES, LIGHTS, MAYBE, Question, View
 from config import UserError
 from model import VLM
-from tokenizer import NO, PAD, YES
+from tokenizer import NO, YES
 from train import Data
 
 FAMILIES = ("detection", "state", "safety", "navigation")
@@ -407,25 +407,22 @@ def blind_model(subject, meta, steps=300, size=256):
     decoder = VLM(subject.cfg, len(subject.tokenizer)).decoder.to(subject.device)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
 
-    def logits(prompts):
-        tokens = train.rectangle([prompts])[0].to(subject.device)
-        last = (tokens != PAD).sum(1) - 1
+    def verdicts(prompts):
         with train.autocast(subject.dtype, subject.device):
-            hidden = decoder(tokens)[torch.arange(len(last), device=subject.device), last]
-            return decoder.logits(hidden)[:, [NO, YES]]
+            return train.verdicts(decoder, train.rectangle([prompts])[0].to(subject.device))[0]
 
     for _ in range(steps):
         batch = rng.choice(rows, size)
-        loss = F.cross_entropy(logits([data.tokens[r, :data.index[r, 1]].tolist() for r in batch]),
-                               torch.from_numpy(data.index[batch, 3].astype(np.int64)).to(subject.device))
+        truth = torch.from_numpy(data.index[batch, 3].astype(np.float32)).to(subject.device)
+        loss = F.binary_cross_entropy_with_logits(verdicts([data.tokens[r, :data.index[r, 1]].tolist()
+                                                            for r in batch]), truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
     @torch.no_grad()
     def odds(prompts):
-        parts = [logits(prompts[i:i + 1024]) for i in range(0, len(prompts), 1024)]
-        return torch.cat([part[:, 1] - part[:, 0] for part in parts]).cpu().numpy()
+        return torch.cat([verdicts(prompts[i:i + 1024]) for i in range(0, len(prompts), 1024)]).cpu().numpy()
     return odds
 
 

@@ -4341,10 +4341,16 @@ def test_a_loop_that_was_killed_goes_on_and_a_failure_is_a_row(drawn, tmp_path, 
 
 
 def test_speeds_are_shares_of_that_of_full(drawn, monkeypatch):
-    cfg, clock = small_run(drawn, "unused"), iter(np.cumsum([0, 5, 0, 5, 0, 2, 0, 4]))       # the first warms up
-    monkeypatch.setattr(ablate.time, "perf_counter", lambda: float(next(clock)))
-    found = ablate.speeds(cfg, ablate.variants(cfg), ["full", "mha"], drawn.meta, rounds=2)
-    assert found == {"full": 100, "mha": 50}
+    cfg, seconds, frozen = small_run(drawn, "unused"), iter((5, 5, 7, 2, 4, 1)), []        # the first three warm up
+
+    def update(model, tagger, optimizer, scaler, micros, total, read, dtype, cfg, clock):
+        assert read and total == train.total_weight(micros, cfg)
+        frozen.append(not any(p.requires_grad for p in model.vision.parameters()))
+        clock.seconds["backward"] += next(seconds)
+    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 0.0)
+    found = ablate.speeds(cfg, ablate.variants(cfg), ["full", "mha", "frozen_vision"], drawn.meta, rounds=2)
+    assert found == {"full": 100, "mha": 50, "frozen_vision": 200} and frozen == [False, False, True] * 2
 
 
 def test_an_unknown_variant_is_named_with_the_nearest():
@@ -4405,8 +4411,11 @@ def test_watching_equals_asking_and_looking(drawn, shaken):
 
 def test_an_attack_stays_in_its_size_and_hurts_more_than_chance(drawn, shaken):
     asked = evaluate.Questions(shaken, drawn.meta, "test", 30)
-    shown, size = [np.asarray(asked.data.images[p]) for p in asked.picture], 8
-    clean, std = shaken.images(np.stack(shown)), torch.tensor(drawn.meta["std"]).view(3, 1, 1)
+    shown, size = [np.asarray(asked.data.images[p]).copy() for p in asked.picture], 8
+    for picture in shown:                                   # some pixels can only get darker, some only lighter
+        picture[:8], picture[8:16] = 255, 0
+    clean = shaken.images(np.stack(shown))
+    mean, std = (torch.tensor(drawn.meta[k]).view(3, 1, 1) for k in ("mean", "std"))
     signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], clean.shape).astype(np.float32))
     right = lambda pictures: np.mean(np.where(asked.truth, 1, -1) * ablate.watch(          # noqa: E731
         shaken, pictures, asked.prompts)[0])
@@ -4414,6 +4423,7 @@ def test_an_attack_stays_in_its_size_and_hurts_more_than_chance(drawn, shaken):
     for steps in (1, 7):
         hurt = ablate.attack(shaken, shown, asked.prompts, asked.truth, size, steps)
         assert ((hurt - clean).abs() * std * 255).max() <= size + 1e-3
+        assert -1e-5 <= (hurt * std + mean).min() and (hurt * std + mean).max() <= 1 + 1e-5
         odds.append(right(hurt))
     assert odds[0] > odds[1] > odds[2]
 

@@ -393,19 +393,27 @@ def rectangle(prompts, left=False):
     return torch.tensor(pad(rows, left=left)).unflatten(0, (len(prompts), K))
 
 
+def verdicts(decoder, tokens, vision=None, attn=None):
+    """(log-odds of YES against NO, which token they are read at) of prompts as tokens (N, T): (N,) each.
+
+    The answer is what follows the last token of a prompt. vision, attn: as for the decoder.
+    """
+    last = (tokens != PAD).sum(1).clamp(min=1) - 1
+    hidden = decoder(tokens, vision, attn=attn)[torch.arange(len(tokens), device=tokens.device), last]      # (N, D)
+    logits = decoder.logits(hidden)
+    return logits[:, YES] - logits[:, NO], last
+
+
 @torch.no_grad()
 def answer_odds(model, images, prompts, device, dtype):
-    """Log-odds of YES against NO: list of arrays (K,), one a picture. The answer is read at the end of each prompt.
+    """Log-odds of YES against NO: list of arrays (K,), one a picture.
 
     images (B, 3, S, S) float32 normalised; prompts as for `rectangle`.
     """
-    tokens = rectangle(prompts).flatten(0, 1).to(device)                                          # (B*K, T)
-    last = (tokens != PAD).sum(1).clamp(min=1) - 1
+    tokens = rectangle(prompts).flatten(0, 1).to(device)                                                    # (N, T)
     with autocast(dtype, device):
-        hidden = model.decoder(tokens, model.encode(images.to(device)))                           # (B*K, T, D)
-        logits = model.decoder.logits(hidden[torch.arange(len(hidden), device=device), last])     # (B*K, V)
-    odds = (logits[:, YES] - logits[:, NO]).view(len(prompts), -1).cpu().numpy()
-    return [row[:len(own)] for row, own in zip(odds, prompts)]
+        odds, _ = verdicts(model.decoder, tokens, model.encode(images.to(device)))
+    return [row[:len(own)] for row, own in zip(odds.view(len(prompts), -1).cpu().numpy(), prompts)]
 
 
 def predict(model, data, cfg, device, dtype, picture="right", limit=0):
@@ -677,6 +685,19 @@ def cut_log(path, step):
 
 # ---- one update ----
 
+def learner(cfg, data, device, dtype, make_model=VLM):
+    """What update() takes first: the model as cfg says that it starts, its tagger, optimizer and scaler."""
+    model = make_model(cfg, len(data.tokenizer))
+    tagger = WordTagger(cfg.text_dim).to(device) if cfg.tag_weight else None
+    if cfg.init_from and not cfg.resume:
+        print(start_from(cfg, model, tagger, data))
+    if cfg.lora_rank:
+        model.add_lora(cfg.lora_rank)
+    model.to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return model, tagger, make_optimizer(model, tagger, cfg, device), scaler
+
+
 PARTS = ("data", "forward", "backward", "optimizer")        # of an update; data is the wait for them
 
 
@@ -729,14 +750,6 @@ def update(model, tagger, optimizer, scaler, micros, total, read, dtype, cfg, cl
 
 # ---- how fast ----
 
-def learner(cfg, vocab_size, device, dtype):
-    """What update() takes first: a new model, its tagger, optimizer and scaler."""
-    model = VLM(cfg, vocab_size).to(device)
-    tagger = WordTagger(cfg.text_dim).to(device) if cfg.tag_weight else None
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return model, tagger, make_optimizer(model, tagger, cfg, device), scaler
-
-
 def peak_memory(device):
     """The most memory that this process has held, MB: of the GPU if it uses one. None where the system does not say."""
     if device.type == "cuda":
@@ -756,7 +769,7 @@ def time_updates(cfg, data, device, dtype, turns=4, updates=8):
     peak that either is. The peak is the best of square matmuls that take turns with the updates. The first updates of a
     turn find data that were made ready while other things ran, so they do not count.
     """
-    parts, clock = learner(cfg, len(data.tokenizer), device, dtype), Clock(device, exact=True)
+    parts, clock = learner(cfg, data, device, dtype), Clock(device, exact=True)
     rates, rows, done = [], {}, {}
     images, K, block = cfg.batch_size * cfg.grad_accum, cfg.commands_per_image, cfg.prefetch + updates
     stages = {stage: n for stage, n in (("see", first_stage(cfg)), ("read", cfg.max_steps - first_stage(cfg))) if n}
@@ -819,9 +832,9 @@ def time_growth(cfg, meta, device, dtype):
     for name, points in growth(cfg).items():
         least = []
         for changes in points.values():
-            sized = type(cfg)(**dict(vars(cfg), **changes))
+            sized = type(cfg)(**dict(vars(cfg), init_from="", **changes))
             data = Data(sized, meta, "train")
-            batch, parts, spent = data.batch(0, few), learner(sized, len(data.tokenizer), device, dtype), []
+            batch, parts, spent = data.batch(0, few), learner(sized, data, device, dtype), []
             batch.images = torch.randn(few, 3, sized.image_size, sized.image_size)
             for _ in range(4):
                 clock("between")
@@ -892,15 +905,7 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
         raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
     if cfg.bench:
         return bench(cfg, meta, device, dtype)
-    model = make_model(cfg, len(data.tokenizer))
-    tagger = WordTagger(cfg.text_dim).to(device) if cfg.tag_weight else None
-    if cfg.init_from and not cfg.resume:
-        print(start_from(cfg, model, tagger, data))
-    if cfg.lora_rank:
-        model.add_lora(cfg.lora_rank)
-    model.to(device)
-    optimizer = make_optimizer(model, tagger, cfg, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    model, tagger, optimizer, scaler = learner(cfg, data, device, dtype, make_model)
     step, best, since_best, top, loss_sum, since = 0, -1.0, 0, [], 0.0, 0     # the last two not logged yet
     if cfg.resume:
         path = cfg.checkpoint or out / "last.pt"
