@@ -248,12 +248,7 @@ class Unbalanced(Data):
         if name != "train":
             return
         items = unbalanced_items(cfg.data_dir, tuple(sorted((k, getattr(cfg, k)) for k in config.DATA_KEYS)))
-        texts = [self.tokenizer.example(i["command"], i["answer"], i["reason"]) for i in items]
-        self.index = np.array([(i["picture"], prompt, len(ids), -1 if i["answer"] is None else int(i["answer"]))
-                               for i, (ids, prompt) in zip(items, texts)], np.int32)
-        self.tokens = np.zeros((len(texts), self.index[:, 2].max()), np.uint16)
-        for row, (ids, _) in zip(self.tokens, texts):
-            row[:len(ids)] = ids
+        self.tokens, self.index = prepare.packed(items, self.tokenizer)
         self.pictures, self.starts = np.unique(self.index[:, 0], return_index=True)
         self.ends = np.append(self.starts[1:], len(self.index))
 

@@ -40,6 +40,7 @@ from model import VLM
 from tokenizer import NO, YES
 from train import Data
 
+FORMAT = 1                    # of eval.json; another one asks for a new evaluation
 FAMILIES = ("detection", "state", "safety", "navigation")
 
 # ---- statistics ----
@@ -1096,7 +1097,7 @@ def evaluate(cfg):
     if not len(asked.rows):
         raise UserError(f"the {cfg.split} split in {cfg.data_dir} holds no questions")
     truth, picture, odds = asked.truth, asked.picture, asked.odds(subject)
-    page = dict(split=cfg.split, step=subject.state["step"], data_hash=meta["hash"],
+    page = dict(format=FORMAT, split=cfg.split, step=subject.state["step"], data_hash=meta["hash"],
                 overall=accuracy_row(truth, odds > 0, picture, resamples), by=broken_down(asked, odds, resamples),
                 classification=classification(truth, odds > 0))
     controls = {name: train.predict(subject.model, asked.data, cfg, subject.device, subject.dtype, shown)[1]

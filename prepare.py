@@ -1143,27 +1143,41 @@ def make_items(rows, frames, table, cfg, name, shares=None, paraphrase=None, des
             yield from commands.where_items(row, view, rng)
 
 
+def packed(items, tokenizer):
+    """Commands as arrays: their texts as tokens (n, longest) uint16, and an index (n, 4) int32.
+
+    Columns of the index: picture, prompt length, text length, answer (1 YES, 0 NO, -1 for a description).
+    """
+    texts, index = array("H"), array("i")
+    for i in items:
+        ids, prompt = tokenizer.example(i["command"], i["answer"], i["reason"])
+        texts.extend(ids)
+        index.extend((i["picture"], prompt, len(ids), -1 if i["answer"] is None else int(i["answer"])))
+    index = np.array(index, dtype=np.int32).reshape(-1, 4)
+    longest = int(index[:, 2].max(initial=1))
+    tokens = np.zeros((len(index), longest), dtype=np.uint16)
+    tokens[np.arange(longest) < index[:, 2:3]] = texts             # row by row; [PAD] is 0
+    return tokens, index
+
+
 def _write_items(root, name, items, tokenizer, cfg):
     """Write commands as they come. Returns {(template, first, second)} of the questions, and counts for the report."""
-    texts, index, cells, families, templates, yes = array("H"), array("i"), set(), Counter(), Counter(), Counter()
-    with open(root / f"commands_{name}.jsonl", "w", encoding="utf-8") as file:
+    cells, families, templates, yes = set(), Counter(), Counter(), Counter()
+
+    def written():
         for i in items:
             file.write(json.dumps(i) + "\n")
-            ids, prompt = tokenizer.example(i["command"], i["answer"], i["reason"])
-            texts.extend(ids)
-            # picture, prompt length, text length, answer (1 YES, 0 NO, -1 "describe the scene")
-            index.extend((i["picture"], prompt, len(ids), -1 if i["answer"] is None else int(i["answer"])))
             families[i["family"]] += 1
             templates[i["template"]] += 1
             if i["answer"] is not None:
                 cells.add((i["template"], i["first"], i["second"]))
                 yes[i["template"]] += i["answer"]
-    index = np.array(index, dtype=np.int32).reshape(-1, 4)
-    longest = int(index[:, 2].max(initial=1))
-    if longest > cfg.max_text:
-        raise UserError(f"a command with its reason has {longest} tokens, over max_text={cfg.max_text}; raise max_text")
-    tokens = np.zeros((len(index), longest), dtype=np.uint16)
-    tokens[np.arange(longest) < index[:, 2:3]] = texts             # row by row; [PAD] is 0
+            yield i
+    with open(root / f"commands_{name}.jsonl", "w", encoding="utf-8") as file:
+        tokens, index = packed(written(), tokenizer)
+    if tokens.shape[1] > cfg.max_text:
+        raise UserError(f"a command with its reason has {tokens.shape[1]} tokens, over max_text={cfg.max_text}; raise "
+                        "max_text")
     np.save(root / f"tokens_{name}.npy", tokens)
     np.save(root / f"index_{name}.npy", index)
     return cells, dict(commands=families.total() - families["describe"], yes=yes.total(), families=dict(families),

@@ -4005,10 +4005,10 @@ def test_evaluation_files_that_are_missing_broken_or_stale_are_named(told, tmp_p
     page = json.loads((Path(told.out_dir) / "eval.json").read_text(encoding="utf-8"))
     for name, content, words_wanted in [
             ("eval.json", None, ["no", "eval.json"]), ("attention.npz", None, ["attention.npz"]),
-            ("eval.json", "{", ["cannot be read"]), ("failures.jsonl", "{", ["cannot be read"]),
-            ("attention.npz", "x", ["cannot be read"]),
+            ("eval.json", "{", ["cannot be read"]), ("eval.json", "[]", ["cannot be read"]),
+            ("failures.jsonl", "{", ["cannot be read"]), ("attention.npz", "x", ["cannot be read"]),
             ("eval.json", json.dumps(dict(page, step=9)), ["step 9", "step 0"]),
-            ("eval.json", json.dumps({k: v for k, v in page.items() if k != "overall"}), ["'overall'", "version"])]:
+            ("eval.json", json.dumps({k: v for k, v in page.items() if k != "format"}), ["format None"])]:
         for file in ("eval.json", "failures.jsonl", "attention.npz"):
             shutil.copy(Path(told.out_dir) / file, tmp_path / file)
         (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)

@@ -442,11 +442,14 @@ class Story:
             self.failures = list(map(json.loads, (out / "failures.jsonl").read_text(encoding="utf-8").splitlines()))
             with np.load(out / "attention.npz") as stored:
                 self.items, self.answer_maps, self.odds = (stored[k] for k in ("items", "answer_maps", "odds"))
-            made_from = self.page["step"], self.page["data_hash"]
+            made_by, made_from = self.page.get("format"), (self.page["step"], self.page["data_hash"])
         except FileNotFoundError as error:
             raise UserError(f"there is no {error.filename}: {again}") from None
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise UserError(f"evaluate.py's files in {out} cannot be read ({error}): {again}") from None
+        if made_by != evaluate.FORMAT:
+            raise UserError(f"{out / 'eval.json'} is of format {made_by!r}, and this visualize.py reads format "
+                            f"{evaluate.FORMAT}: {again}")
         self.meta, self.seed = prepare.load_meta(self.cfg), self.cfg.seed
         if made_from != (s.state["step"], self.meta["hash"]):
             raise UserError(f"{out / 'eval.json'} is of step {made_from[0]} and data {made_from[1]}, the checkpoint "
@@ -1332,11 +1335,7 @@ def tell_story(cfg):
 def main(cfg):
     wanted = [name for name in ("image", "command", "command2", "page") if getattr(cfg, name)]
     if not wanted:
-        try:
-            tell_story(cfg)
-        except KeyError as error:
-            raise UserError(f"{Path(cfg.out_dir) / 'eval.json'} holds no {error}, so another version of evaluate.py "
-                            f"made it: run python evaluate.py --out_dir={cfg.out_dir}") from error
+        tell_story(cfg)
     elif wanted == ["page"]:
         path = Path(cfg.out_dir) / "page.html"
         write_page(path, Story(cfg))
