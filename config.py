@@ -114,6 +114,7 @@ log_every = 50                # updates between log lines
 tensorboard = False           # also write TensorBoard events (needs the tensorboard package)
 resume = False                # continue out_dir/last.pt, or the file that --checkpoint names
 export = ""                   # write a checkpoint without what only training needs to this file, and stop
+lr_range = False              # instead raise the learning rates to 10 times theirs: the loss to out_dir/lr_range.json
 bench = False                 # instead measure speed, memory and cost of training, into out_dir/bench.json
 prefetch = 2                  # batches prepared ahead by a thread
 

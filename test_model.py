@@ -2220,6 +2220,77 @@ def test_bench_measures_both_stages_and_saves_nothing_else(tmp_path, monkeypatch
     assert found["cost"]["layers, text"]["ms"] == pytest.approx([520, 2080, 8320])
 
 
+def test_tensorboard_is_told_numbers_confusion_and_where_it_looked(drawn, tmp_path, monkeypatch):
+    told = {}
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path)
+
+        def add(self, name, value, step):
+            told.setdefault(name, []).append((step, value))
+        add_scalar = add_text = add_image = add
+
+        def close(self):
+            told["closed"] = True
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    cfg = small_run(drawn, tmp_path, tensorboard=True, max_steps=4, eval_every=2, log_every=2)
+    train.train(cfg)
+    with open(tmp_path / "log.csv", newline="", encoding="utf-8") as file:
+        log = [row for row in csv.DictReader(file)]
+    for name in ("loss", "lr", "grad_norm", "val_accuracy"):
+        logged = [(int(row["step"]), float(row[name])) for row in log if row[name]]
+        assert told[name] == [(step, pytest.approx(value, rel=1e-4)) for step, value in logged], name
+    counts = [list(map(int, re.findall(r"\d+", text))) for _, text in told["confusion"]]
+    for (yes_yes, yes_no, no_yes, no_no), (_, accuracy) in zip(counts, told["val_accuracy"]):
+        assert 50 * (yes_yes / (yes_yes + yes_no) + no_no / (no_yes + no_no)) == pytest.approx(100 * accuracy)
+    for (step, picture), (_, asked) in zip(told["where it looked"][::2], told["where it looked"][1::2]):
+        assert picture.shape == (3, cfg.image_size, cfg.batch_size * cfg.image_size) and step in (2, 4)
+        assert 0 <= picture.min() and picture.max() <= 1 and asked.count("?") == cfg.batch_size
+    assert told["closed"]
+
+
+def test_pictures_are_lit_where_the_question_looked(drawn):
+    data = train.Data(small_run(drawn, "unused"), drawn.meta, "train")
+    batch = data.batch(0, 3)
+    (B, K, T), side = batch.tokens.shape, 4
+    cross = torch.full((2, B * K, 2, T, side * side), 0.01)
+    for b in range(B):
+        k, t = ((batch.targets[b] == tokenizer.YES) | (batch.targets[b] == tokenizer.NO)).nonzero()[0].tolist()
+        cross[:, b * K + k, :, t, 5 + b] = 0.5
+    picture, asked = train.lit(batch, cross, data)
+    mean, std = (torch.tensor(drawn.meta[k]).view(3, 1, 1) for k in ("mean", "std"))
+    size = batch.images.shape[-1]
+    for b in range(B):
+        row, column = divmod(5 + b, side)
+        shown, whole = picture[:, :, b * size:(b + 1) * size], (batch.images[b] * std + mean).clamp(0, 1)
+        part = slice(row * size // side, (row + 1) * size // side), slice(column * size // side,
+                                                                         (column + 1) * size // side)
+        torch.testing.assert_close(shown[:, *part], whole[:, *part])
+        torch.testing.assert_close(shown[:, -1, -1], whole[:, -1, -1] * (0.2 + 0.8 * 0.02))
+        assert asked[b].endswith(("? [YES]", "? [NO]"))
+
+
+def test_the_learning_rate_range_is_passed_through_until_the_loss_doubles(drawn, tmp_path, monkeypatch, capsys):
+    cfg, seen = small_run(drawn, tmp_path, lr_range=True, lr=1e-3, lr_vision=2e-3, see_steps=2, max_steps=4), []
+
+    def update(model, tagger, optimizer, scaler, micros, total, read, dtype, cfg, clock):
+        rates = {group["lr"] / group["peak"] for group in optimizer.param_groups}
+        seen.append((read, *rates))
+        assert total == train.total_weight(micros, cfg) and len(rates) == 1
+        return (100.0 if read and seen[-1][1] > 1 else 2.0 - seen[-1][1] / 10), 1.0, True
+    monkeypatch.setattr(train, "update", update)
+    found = train.train(cfg)
+    assert json.loads((tmp_path / "lr_range.json").read_text()) == found
+    see, read = found["see"], found["read"]
+    assert see["scale"] == pytest.approx(list(np.geomspace(1e-3, 10, 150)))
+    assert [r for r, _ in seen] == [False] * 150 + [True] * (len(read["scale"]) + 1)
+    assert [scale for _, scale in seen] == pytest.approx(see["scale"] + see["scale"][:len(read["scale"]) + 1])
+    assert see["loss"][0] == pytest.approx(2, abs=1e-3) and see["loss"][-1] == pytest.approx(
+        2 - np.dot(see["scale"][::-1], 0.9 ** np.arange(150)) / 100, abs=1e-3)
+    assert read["scale"][-1] < 1 < see["scale"][len(read["scale"])] and "doubles at 1.0" in capsys.readouterr().out
+
+
 def test_learning_rate_warms_up_and_decays():
     cfg = config.from_args(["--warmup_steps=10", "--max_steps=110", "--min_lr=0.1"])
     scale = [train.lr_scale(s, cfg) for s in range(110)]
@@ -3915,6 +3986,7 @@ def told(drawn, tmp_path_factory):
     (out / "log.csv").write_text("step,loss,lr,grad_norm,val_accuracy\n1,2.5,0.1,3,\n1,,,,0.5\n")
     (out / "bench.json").write_text(json.dumps(dict(device="cpu", dtype="float32", threads=1, cost={
         name: dict(size=[1, 2], ms=[10, 40], exponent=2) for name in ("size, a", "size, b", "commands", "times, c")})))
+    (out / "lr_range.json").write_text(json.dumps({k: dict(scale=[0.1, 1], loss=[3, 2]) for k in ("see", "read")}))
     return cfg
 
 

@@ -14,6 +14,7 @@
     python train.py --init_from=out/default/best.pt --lora_rank=8 --out_dir=out/tuned
     python train.py --export=model.pt                 best.pt without what only training needs
     python train.py --bench=True                      speed, cost and memory of training, to out_dir/bench.json
+    python train.py --lr_range=True                   the loss at rising learning rates, to out_dir/lr_range.json
     torchrun --standalone --nproc_per_node=2 train.py
 
 Shapes: B images, K commands for each, T text tokens, M learned tokens, V words.
@@ -456,11 +457,15 @@ def balanced_accuracy(truth, odds):
 
 
 def validate(model, data, cfg, device, dtype):
-    """(balanced accuracy, answer loss in nats; ln 2 = 0.693 is guessing) on a sample of a set."""
+    """(balanced accuracy, answer loss in nats, confusion) on a sample of a set; a loss of ln 2 = 0.693 is guessing.
+
+    confusion: how often (YES, NO) was said where YES is true, and where NO is.
+    """
     rows, odds = predict(model, data, cfg, device, dtype, limit=cfg.eval_items)
     truth = data.index[rows, 3]
     loss = np.logaddexp(0, np.where(truth == 1, -odds, odds)).mean()
-    return balanced_accuracy(truth, odds), float(loss)
+    confusion = [(int((odds[truth == t] > 0).sum()), int((odds[truth == t] <= 0).sum())) for t in (1, 0)]
+    return balanced_accuracy(truth, odds), float(loss), confusion
 
 
 # ---- checkpoints ----
@@ -748,6 +753,15 @@ def update(model, tagger, optimizer, scaler, micros, total, read, dtype, cfg, cl
     return loss, norm, finite
 
 
+def write_json(path, found):
+    """Write a dict as JSON. Raises UserError when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+
+
 # ---- how fast ----
 
 def peak_memory(device):
@@ -860,12 +874,41 @@ def bench(cfg, meta, device, dtype):
         print(f"{name}: time ~ size^{entry['exponent']:.2f}; "
               + ", ".join(f"{size}: {ms:.0f} ms" for size, ms in zip(entry["size"], entry["ms"])))
     found.update(device=str(device), dtype=str(dtype)[6:], threads=torch.get_num_threads(), torch=torch.__version__)
-    path = Path(cfg.out_dir) / "bench.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+    write_json(Path(cfg.out_dir) / "bench.json", found)
+    return found
+
+
+# ---- which learning rates ----
+
+def lr_range(cfg, data, device, dtype, updates=150, low=1e-3, high=10.0):
+    """The loss while all learning rates grow from `low` to `high` times their peaks (Smith 2017, arXiv:1506.01186).
+
+    {"see", "read": {"scale": of each update, "loss": a running mean}}, each from new weights, into lr_range.json. A
+    stage ends early when its loss has doubled from its least. The encoder of "read" has learned nothing before, so its
+    rates may be somewhat higher than this says.
+    """
+    found = {}
+    for stage in ("see", "read") if first_stage(cfg) else ("read",):
+        torch.manual_seed(cfg.seed)
+        *learned, optimizer, scaler = learner(cfg, data, device, dtype)
+        scales, losses, mean = [], [], 0.0
+        for i in range(updates):
+            scale = low * (high / low) ** (i / (updates - 1))
+            for group in optimizer.param_groups:
+                group["lr"] = scale * group["peak"]
+            micros = data.micro_batches(i, 0, cfg.batch_size)
+            loss, _, finite = update(*learned, optimizer, scaler, micros, total_weight(micros, cfg), stage == "read",
+                                     dtype, cfg, Clock(device))
+            mean = 0.9 * mean + 0.1 * loss
+            if not finite or losses and mean / (1 - 0.9 ** (i + 1)) > 2 * min(losses):
+                break
+            scales.append(scale)
+            losses.append(mean / (1 - 0.9 ** (i + 1)))      # the mean starts at 0
+        found[stage] = dict(scale=scales, loss=losses)
+        print(f"{stage}: the loss falls to {min(losses):.3f} at {scales[int(np.argmin(losses))]:.3g} times the rates"
+              + (f" and doubles at {scale:.3g} times" if len(losses) < updates else f", seen up to {high:g} times"),
+              flush=True)
+    write_json(Path(cfg.out_dir) / "lr_range.json", found)
     return found
 
 
@@ -878,6 +921,22 @@ def show_example(batch, tokenizer):
     print("  " + "  ".join(tokenizer.words[t] + (f" -> {tokenizer.words[y]}" if y >= 0 else "") for t, y in pairs))
 
 
+def lit(batch, cross, data):
+    """Pictures side by side (3, S, B*S), each lit where its first question looked for the answer; and these questions.
+
+    cross (layers, B*K, H, T, P), of which the mean is taken; a picture's most attended patch is as bright as it was.
+    """
+    (B, K, T), side = batch.tokens.shape, math.isqrt(cross.shape[-1])
+    at = ((batch.targets == YES) | (batch.targets == NO)).flatten(1).int().argmax(-1)        # (B,)
+    k, at = at // T, at % T
+    maps = cross.mean((0, 2)).unflatten(0, (B, K))[torch.arange(B), k, at]        # (B, P)
+    light = F.interpolate((maps / maps.amax(-1, keepdim=True)).view(B, 1, side, side), size=batch.images.shape[-2:])
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
+    pictures = (batch.images * std + mean).clamp(0, 1) * (0.2 + 0.8 * light)
+    asked = [data.tokenizer.decode(tokens[:n + 2].tolist()) for tokens, n in zip(batch.tokens[torch.arange(B), k], at)]
+    return torch.cat(list(pictures), -1), asked
+
+
 def train(cfg, make_model=VLM, make_data=Data, seen=None):
     """Train as cfg says; returns the dict of final numbers that it prints. With cfg.export it only exports.
 
@@ -888,6 +947,8 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
         return export(cfg)
     start, device = time.time(), join_processes(pick_device(cfg))
     rank, ranks = processes()
+    if ranks > 1 and (cfg.bench or cfg.lr_range):
+        raise UserError("--bench and --lr_range measure one process: start them with python, not with torchrun")
     if cfg.batch_size < ranks:
         raise UserError(f"batch_size={cfg.batch_size} pictures cannot be shared by {ranks} processes")
     if rank == 0 and not (Path(cfg.data_dir) / "meta.json").exists():
@@ -905,6 +966,8 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
         raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
     if cfg.bench:
         return bench(cfg, meta, device, dtype)
+    if cfg.lr_range:
+        return lr_range(cfg, data, device, dtype)
     model, tagger, optimizer, scaler = learner(cfg, data, device, dtype, make_model)
     step, best, since_best, top, loss_sum, since = 0, -1.0, 0, [], 0.0, 0     # the last two not logged yet
     if cfg.resume:
@@ -1012,15 +1075,16 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
                 log.writerow([f"{x:.8g}" for x in row] + ["", "", "", f"{time.time() - start:.1f}"])
                 log_file.flush()
                 if board:
-                    for name, value in zip(("loss", "lr", "grad_norm"), row[1:]):
+                    for name, value in zip(("loss", "lr", "grad_norm", "ms", "pairs_per_s", "wait_share"), row[1:]):
                         board.add_scalar(name, value, step)
+                    board.add_scalar("memory_mb", peak_memory(device) or 0, step)
                 marked, loss_sum, since = step, 0.0, 0
                 clock.seconds.clear()
 
             if seen and step == first_stage(cfg):
                 checkpoint(seen)
             if read and step % cfg.eval_every == 0 or step == cfg.max_steps:
-                accuracy, val_loss = validate(model, val, cfg, device, dtype)
+                accuracy, val_loss, confusion = validate(model, val, cfg, device, dtype)
                 probe = data.batch(0, min(8, cfg.batch_size))
                 with torch.no_grad():
                     _, attn = model(probe.images.to(device), probe.tokens.to(device), return_attn=True)
@@ -1034,6 +1098,11 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
                 if board:
                     board.add_scalar("val_accuracy", accuracy, step)
                     board.add_scalar("val_loss", val_loss, step)
+                    board.add_text("confusion", "| true | said YES | said NO |\n|---|---|---|\n" + "\n".join(
+                        f"| {name} | {yes} | {no} |" for name, (yes, no) in zip(("YES", "NO"), confusion)), step)
+                    picture, asked = lit(probe, attn["cross"].cpu(), data)
+                    board.add_image("where it looked", picture, step)
+                    board.add_text("where it looked", "; ".join(asked), step)
                 score = -1.0 if math.isnan(accuracy) else accuracy
                 since_best = 0 if score > best or best < 0 else since_best + 1
                 if since_best == 0:

@@ -729,6 +729,20 @@ def figure_cost(story):
         "logarithmic; the exponent is the slope of the line fitted to all points. From python train.py --bench=True."
 
 
+def figure_rates(story):
+    path = Path(story.cfg.out_dir) / "lr_range.json"
+    if not path.exists():
+        return None
+    figure, axes = plot(1, 2, 2.1)
+    for axis, (stage, entry), colour in zip(axes[0], json.loads(path.read_text(encoding="utf-8")).items(), SERIES):
+        axis.plot(entry["scale"], entry["loss"], color=colour)
+        axis.axvline(1, color=ACCENT, lw=0.8, ls="--")
+        axis.set(title={"see": "first stage: the encoder alone", "read": "second stage, from new weights"}[stage],
+                 xscale="log", xlabel="times the learning rates of the settings", ylabel="loss, nats")
+    return figure, "The loss while the learning rates grow with each update, a running mean of it; dashed: the rates " \
+        "as they are set. From python train.py --lr_range=True."
+
+
 def figure_calibration(story):
     asked, page = story.asked, story.page["calibration"]
     figure, axes = plot(2, 3, 2.9, height_ratios=(3, 1), sharey="row")
@@ -905,7 +919,8 @@ def figure_architecture(story):
 
 FIGURES = {                   # name: (section of the report, function)
     "pictures": ("data", figure_pictures), "architecture": ("model", figure_architecture),
-    "training": ("training", figure_training), "cost": ("training", figure_cost),
+    "training": ("training", figure_training), "rates": ("training", figure_rates),
+    "cost": ("training", figure_cost),
     "accuracy": ("accuracy", figure_accuracy), "complexity": ("accuracy", figure_complexity),
     "words": ("attention", figure_scene("words", "A map for each word, and for the answer, which is made at “?”. "
                                         "Words before the object cannot know what will be asked.")),
