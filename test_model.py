@@ -2220,6 +2220,15 @@ def test_bench_measures_both_stages_and_saves_nothing_else(tmp_path, monkeypatch
     assert found["cost"]["layers, text"]["ms"] == pytest.approx([520, 2080, 8320])
 
 
+def test_attention_entropy_by_hand_and_its_gradient_where_a_weight_vanishes():
+    scores = torch.tensor([[0.0, 0.0, -200.0], [0.0, -300.0, -300.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    tokens = torch.tensor([[5, 6, tokenizer.PAD]])
+    found = train.attention_entropy(scores.softmax(-1)[None, None, None], tokens)          # (1, 1, 1, 3, 3)
+    assert found.item() == pytest.approx(math.log(2) / 2)   # of ln 2 and 0; the third row is of padding
+    found.backward()
+    assert scores.grad.isfinite().all() and (scores.grad[2] == 0).all()
+
+
 def test_tensorboard_is_told_numbers_confusion_and_where_it_looked(drawn, tmp_path, monkeypatch):
     told = {}
 

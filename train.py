@@ -275,7 +275,11 @@ def attention_entropy(weights, tokens):
 
     weights (layers, N, H, T, S), tokens (N, T).
     """
-    rows = torch.special.entr(weights.float()).sum(-1)                            # (layers, N, H, T)
+    weights = weights.float()
+    # Below the smallest number a weight adds nothing; without the bound the slope of x log x there is infinite, and NaN
+    # once it meets the softmax's slope of 0.
+    smallest = torch.finfo(torch.float32).tiny
+    rows = -(weights * weights.clamp(min=smallest).log()).sum(-1)                 # (layers, N, H, T)
     return rows.transpose(2, 3)[:, tokens != PAD].mean()
 
 
