@@ -59,7 +59,7 @@ PROGRESS = {"tagger", "optimizer", "scaler", "best", "since_best", "top", "unlog
 RESUMABLE = {k for k, (section, _, _) in config.SETTINGS.items()
              if section in ("evaluation", "answering", "ablations")} | {
     "resume", "device", "dtype", "workers", "prefetch", "log_every", "eval_every", "eval_items", "tensorboard",
-    "save_top", "max_steps", "early_stopping", "out_dir", "data_dir", "attention"}
+    "save_top", "max_steps", "early_stopping", "out_dir", "data_dir", "attention", "bench", "lr_range", "export"}
 
 # ---- data ----
 
