@@ -9,7 +9,7 @@
   a control of the same strength.
 
     python ablate.py                                  all variants, by the preset "ablation"
-    python ablate.py --variants=no_rope,mqa --seeds=6
+    python ablate.py --variants=no_rope,mqa --seeds=3
     python ablate.py --budget_minutes=60              all runs together, by scaling the updates of all alike
     python ablate.py --robustness=True                of out/default/best.pt
     python ablate.py --robustness=True --bdd_dir=PATH   and on real frames
@@ -338,10 +338,6 @@ def variants(cfg):
                            patch_size=2 * cfg.patch_size)}
 
 
-# Those whose difference matters most get twice as many seeds: six, of which an exact test can say something.
-TWICE = ("full", "no_cross", "prefix", "no_stage", "boxes")
-
-
 # ---- measuring a run ----
 
 class Bench:
@@ -530,7 +526,7 @@ def ablate(cfg):
         print(f"no data in {cfg.data_dir}: preparing them")
         prepare.print_report(prepare.prepare(cfg), cfg)
     meta = prepare.load_meta(cfg)
-    order = [(name, cfg.seed + i) for i in range(2 * cfg.seeds) for name in names if i < cfg.seeds or name in TWICE]
+    order = [(name, cfg.seed + i) for i in range(cfg.seeds) for name in names]
     cfg = planned(cfg, len(order), out)
     known, failed, spent, bench = variants(cfg), {}, [], []
     runs = {(name, seed): settings_of(cfg, known[name], out / f"{name}-{seed}", seed) for name, seed in order}
@@ -539,8 +535,8 @@ def ablate(cfg):
     missing = [key for key in order if key not in results]
     try:
         for number, (name, seed) in enumerate(missing, 1):
-            try:
-                result = run_one(runs[name, seed], known[name], bench, meta)
+            try:                                            # another process may have made it meanwhile
+                result = finished(runs[name, seed]) or run_one(runs[name, seed], known[name], bench, meta)
             except Exception as error:                      # one run's failure is a row, not a stop
                 failed[name] = f"seed {seed}: {type(error).__name__}: {error}"
                 print(f"{number}/{len(missing)}  {name}, {failed[name]}", flush=True)
@@ -569,18 +565,33 @@ MEASURES = {"accuracy": "balanced accuracy", "worst_family": "worst family", "f1
 # in % but for enrichment (times), entropy (of the answer's attention, as a share of the largest) and parameters
 
 
-def pooled_scatter(groups):
-    """(standard deviation, degrees of freedom) of paired differences within their groups, one group a variant."""
-    df = sum(len(g) - 1 for g in groups if g)
-    return math.sqrt(sum(np.var(g) * len(g) for g in groups if g) / df) if df else math.nan, df
+def moderated_scatter(groups):
+    """[(standard deviation, degrees of freedom)] of each group of paired differences, one group a variant.
+
+    A few seeds hardly tell how much a variant scatters, and variants do not all scatter alike. So each has its own
+    variance drawn towards that of all, by as much as the variances agree beyond chance: the moderated t-test (Smyth
+    2004, doi:10.2202/1544-6115.1027, section 6.2). NaN and 0 where too little is known.
+    """
+    own = [(np.var(g, ddof=1), len(g) - 1) if len(g) > 1 else (0.0, 0) for g in groups]
+    known = np.array([(v, df) for v, df in own if v > 0])
+    if len(known) < 2:
+        return [(math.sqrt(v), df) if v > 0 else (math.nan, 0) for v, df in own]
+    variance, half = known[:, 0], torch.from_numpy(known[:, 1] / 2)
+    excess = np.log(variance) + (half.log() - half.digamma()).numpy()
+    spread = excess.var(ddof=1) - torch.special.polygamma(1, half).mean().item()
+    halves = torch.logspace(-2, 3, 20000, dtype=torch.float64)                    # of the prior's degrees of freedom
+    trigamma = torch.special.polygamma(1, halves)                                 # falls
+    at = min(int((trigamma > spread).sum()), len(halves) - 1)
+    prior, all_df = 2 * halves[at].item(), known[:, 1].sum()
+    common = math.exp(excess.mean() + (halves[at].digamma() - halves[at].log()).item())
+    return [(math.sqrt((prior * common + df * v) / (prior + df)), min(prior + df, all_df)) for v, df in own]
 
 
 def compared(differences, scatter, df):
     """What paired differences (one a seed) say: mean, 95% interval, tests, and what could have been shown.
 
-    A few seeds hardly tell how much they scatter, so interval and p are of a t-test with the scatter of all variants
-    together; p_sign and p_t, of these differences alone, stand beside. detectable: the difference that such a test
-    finds at 5% in 80% of cases.
+    Interval and p are of a t-test with this scatter (see moderated_scatter); p_sign and p_t, of these differences
+    alone, stand beside. detectable: the difference that such a test finds at 5% in 80% of cases.
     """
     n = len(differences)
     found = dict(n=n, mean=float(np.mean(differences)) if n else None)
@@ -608,9 +619,9 @@ def make_table(cfg, known, names, results, failed, speed=None):
                                 by_seed=[values[s] for s in sorted(values)], pairs=pairs if name != "full" else [])
         rows.append(row)
     for measure in MEASURES:
-        scatter = pooled_scatter([row[measure]["pairs"] for row in rows])
-        for row in rows[1:]:
-            row[measure]["difference"] = compared(row[measure]["pairs"], *scatter)
+        pairs = [row[measure]["pairs"] for row in rows[1:]]
+        for row, own, scatter in zip(rows[1:], pairs, moderated_scatter(pairs)):
+            row[measure]["difference"] = compared(own, *scatter)
     tested = [row["accuracy"]["difference"] for row in rows[1:] if "p" in row["accuracy"]["difference"]]
     for test, p in zip(tested, evaluate.holm([t["p"] for t in tested]) if tested else ()):
         test["p_holm"] = p
@@ -646,11 +657,11 @@ def write_table(out, table):
     counts = sorted({len(row["seeds"]) for row in table["rows"]})
     shape = ", ".join(f"{k}={v}" for k, v in table["settings"].items())
     head = (f"Balanced accuracy in % and its difference to `full` in points, paired by seed, on the same questions; "
-            f"{' or '.join(map(str, counts))} seeds a variant (column seeds). Interval and p are of Student's t with "
-            f"the scatter of all variants together, p corrected for {table['tests']} tests by Holm; p exact (of all "
-            "sign flips, at least 0.031 with 6 seeds and 0.25 with 3) and p paired t are of the variant's own seeds "
-            "alone; detectable: the difference found in 80% of cases. Speed: pairs/s of reading, taken in turns with "
-            f"full. All runs with {shape}.\n\n")
+            f"{' or '.join(map(str, counts))} seeds a variant (column seeds). Interval and p are of a moderated t-test "
+            "(Smyth 2004): a variant's own scatter over seeds, drawn towards that of all; p corrected for "
+            f"{table['tests']} tests by Holm; p exact (of all sign flips, at least 0.031 with 6 seeds and 0.25 with 3) "
+            "and p paired t are of the variant's own seeds alone; detectable: the difference found in 80% of cases. "
+            f"Speed: pairs/s of reading, taken in turns with full. All runs with {shape}.\n\n")
     visualize.write(out / "table.json", json.dumps(table, indent=1, allow_nan=False))
     visualize.write(out / "table.md", head + markdown(table))
 

@@ -140,7 +140,7 @@ max_new_tokens = 32           # longest generated answer + reason
 
 # ---- ablations: python ablate.py ----
 variants = ""                 # variants to train, comma-separated; empty = all
-seeds = 3                     # seeds of each variant; twice as many of those that matter most
+seeds = 6                     # seeds of each variant; with fewer an exact test of a variant alone can show nothing
 budget_minutes = 0.0          # all runs together, by scaling the updates of all alike; 0 = as the preset says
 robustness = False            # train nothing: disturb the pictures and commands of out_dir's best.pt
 

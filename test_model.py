@@ -4349,12 +4349,12 @@ def test_the_table_pairs_by_seed_and_corrects_for_all_tests():
     table = ablate.make_table(DEFAULTS, known, names, results_of(entropy=[0.2], **losses), {"mha": "seed 0: bad | x"})
     rows = {row["variant"]: row["accuracy"].get("difference") for row in table["rows"]}
     assert rows["full"] is None and table["tests"] == 4 and rows["mha"] == dict(n=0, mean=None)
-    squares, df = sum(((np.array(d) - np.mean(d)) ** 2).sum() for d in losses.values()), 2 + 2 + 5
-    assert evaluate.t_within(0.95, df) == pytest.approx(2.262, abs=1e-3)                     # from the table of t
+    scatter = dict(zip([*losses, "entropy"], ablate.moderated_scatter([*losses.values(), [0.2]])))
     for name, d in [*losses.items(), ("entropy", [0.2])]:
-        error, row = math.sqrt(squares / df / len(d)), rows[name]
-        reach = (np.mean(d) - 2.262 * error, np.mean(d) + 2.262 * error)
-        assert (row["mean"], row["low"], row["high"]) == pytest.approx((np.mean(d), *reach), abs=2e-3)
+        (sd, df), row = scatter[name], rows[name]
+        reach = evaluate.t_within(0.95, df) * sd / math.sqrt(len(d))
+        assert (row["mean"], row["low"], row["high"]) == pytest.approx(
+            (np.mean(d), np.mean(d) - reach, np.mean(d) + reach), abs=2e-3)
         assert ("p_sign" in row) == (len(d) > 1)
         if len(d) > 1:
             tests = evaluate.sign_flip_test(d), evaluate.t_test(d)[3]
@@ -4363,18 +4363,36 @@ def test_the_table_pairs_by_seed_and_corrects_for_all_tests():
     assert [row["p_holm"] for row in tested] == pytest.approx(evaluate.holm([row["p"] for row in tested]), abs=1e-3)
     assert [rows[n]["verdict"] for n in losses] == ["worse", "no difference shown", "worse"]
     text = ablate.markdown(table)
-    assert "| 3 | 50.2 | -40.5 [-41.0, -40.0] |" in text and "failed, seed 0: bad / x" in text
+    shown = "| 3 | 50.2 | -40.5 [{low:+.1f}, {high:+.1f}] |".format(**rows["blind"])
+    assert shown in text and "failed, seed 0: bad / x" in text
     assert len({line.count("|") for line in text.split("\n\n")[0].splitlines()}) == 1
 
 
 def test_the_detectable_difference_is_found_in_80_of_100_comparisons():
     rng, n, spread = np.random.default_rng(0), 6, 2.0
     drawn = rng.normal(0, spread, (300, n))
-    scatter, df = ablate.pooled_scatter(drawn[:40].tolist())
-    assert df == 200 and scatter == pytest.approx(spread, rel=0.15)
+    (scatter, df), *_ = ablate.moderated_scatter(drawn[:40].tolist())
+    assert df == 200 and scatter == pytest.approx(spread, rel=0.15)               # all scatter alike: one scatter
     effect = ablate.compared(drawn[0], scatter, df)["detectable"]
     found = np.mean([ablate.compared(d + effect, scatter, df)["p"] < 0.05 for d in drawn])
     assert found == pytest.approx(0.8, abs=0.07)
+
+
+def test_a_variants_scatter_is_drawn_towards_that_of_all():
+    rng, prior, common = np.random.default_rng(1), 6, 2.0
+    variances = prior * common / rng.chisquare(prior, 4000)                       # Smyth's model of variances
+    sizes = np.resize([3, 6], 4000)
+    groups = [rng.normal(0, math.sqrt(v), n).tolist() for v, n in zip(variances, sizes)] + [[1.0], []]
+    *found, one, none = ablate.moderated_scatter(groups)
+    for (sd, df), own, n in zip(found[:50], groups, sizes):
+        assert df == pytest.approx(prior + n - 1, rel=0.2)
+        assert sd ** 2 == pytest.approx((prior * common + (n - 1) * np.var(own, ddof=1)) / (prior + n - 1), rel=0.15)
+    assert one == none and one[0] ** 2 == pytest.approx(common, rel=0.1) and one[1] == pytest.approx(prior, rel=0.2)
+    within = {n: evaluate.t_within(0.95, prior + n - 1) for n in (3, 6)}
+    false = [abs(np.mean(g)) / sd * math.sqrt(n) > within[n] for g, (sd, _), n in zip(groups, found, sizes)]
+    assert np.mean(false) == pytest.approx(0.05, abs=0.012)
+    assert ablate.moderated_scatter([[1.0, 3.0], [2.0]])[0] == (math.sqrt(2), 1)
+    assert ablate.moderated_scatter([[2.0, 2.0], [1.0, 1.0, 1.0]])[0][1] == 0     # none scatters: nothing to test by
 
 
 def small_loop(drawn, out, **changes):
@@ -4383,7 +4401,6 @@ def small_loop(drawn, out, **changes):
 
 
 def test_a_loop_that_was_killed_goes_on_and_a_failure_is_a_row(drawn, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablate, "TWICE", ())
     monkeypatch.setattr(visualize, "save", lambda drawn, path, dpi: visualize.plt.close("all"))
     cfg, saves, trained = small_loop(drawn, tmp_path, variants="mqa,prefix"), [], []
 
