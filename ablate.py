@@ -696,16 +696,17 @@ def draw_differences(table):
 def draw_measures(table):
     """Paired differences to "full" in every measure, coloured by how far they exceed what could be detected."""
     names = [m for m in MEASURES if m != "parameters"]
+    better = [-1 if m == "held_out_drop" else 1 for m in names]                   # the sign of what is better
     full, *rows = [r for r in table["rows"] if r["seeds"]]
     found = [[r[m]["difference"] for m in names] for r in rows]
-    size = [[d["mean"] / d["detectable"] if d.get("detectable") else 0 if d["n"] else np.nan for d in line]
-            for line in found]
+    size = [[sign * d["mean"] / d["detectable"] if d.get("detectable") else 0 if d["n"] else np.nan
+             for sign, d in zip(better, line)] for line in found]
     digits = [2 if m in ("enrichment", "entropy") else 1 for m in names]
     texts = [[f"{d['mean']:+.{k}f}" if d["n"] else "" for d, k in zip(line, digits)] for line in found]
     heads = [MEASURES[m].replace(" ", "\n", 1) + f"\nfull: {full[m]['value']:.{k}f}" for m, k in zip(names, digits)]
     figure, ((axes,),) = visualize.plot(1, 1, 1.2 + 0.2 * len(rows))
     visualize.heat(axes, size, [r["variant"] for r in rows], heads, texts, cmap="PuOr",
-                   norm=visualize.matplotlib.colors.Normalize(-3, 3), bar="difference / detectable")
+                   norm=visualize.matplotlib.colors.Normalize(-3, 3), bar="times detectable; purple: better")
     return figure
 
 
