@@ -975,6 +975,7 @@ def robustness(cfg):
     start = time.time()
     subject, bdd_dir = Subject(cfg), cfg.bdd_dir
     cfg, out = subject.cfg, Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)                  # before the work, which an error would lose
     meta = prepare.load_meta(cfg)
     stage = lambda text: print(f"{time.time() - start:5.0f} s  {text}", flush=True)              # noqa: E731
     trial = Trial(subject, meta, 3 * cfg.probe_items // 2)

@@ -4544,8 +4544,9 @@ def test_robustness_writes_every_study(shaken, capsys, monkeypatch):
     monkeypatch.setattr(ablate, "CAMERAS", dict(list(ablate.CAMERAS.items())[:1]))
     monkeypatch.setattr(visualize, "save", lambda drawn, path, dpi: visualize.plt.close("all"))
     monkeypatch.setattr(prepare, "WEATHERS", prepare.WEATHERS[:2])
-    page = ablate.robustness(shaken.cfg)
-    out = Path(shaken.cfg.out_dir)
+    out = Path(shaken.cfg.out_dir) / "not" / "there yet"
+    best = str(Path(shaken.cfg.out_dir) / "best.pt")
+    page = ablate.robustness(changed(shaken.cfg, checkpoint=best, out_dir=str(out)))
     assert [*page["disturbed"], *page["attacked"]] == ["noise", "blur", "brightness", "jpeg", "fgsm", "pgd"]
     assert all(len(entries) == 5 for entries in [*page["disturbed"].values(), *page["attacked"].values()])
     assert page["clean"]["cosine"]["value"] == pytest.approx(1, abs=1e-4) and set(ablate.CAMERAS) <= set(page["scenes"])
