@@ -2297,7 +2297,12 @@ def test_the_learning_rate_range_is_passed_through_until_the_loss_doubles(drawn,
     assert [scale for _, scale in seen] == pytest.approx(see["scale"] + see["scale"][:len(read["scale"]) + 1])
     assert see["loss"][0] == pytest.approx(2, abs=1e-3) and see["loss"][-1] == pytest.approx(
         2 - np.dot(see["scale"][::-1], 0.9 ** np.arange(150)) / 100, abs=1e-3)
-    assert read["scale"][-1] < 1 < see["scale"][len(read["scale"])] and "doubles at 1.0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert read["scale"][-1] < 1 < see["scale"][len(read["scale"])]
+    assert "seen up to 10 times" in said and "doubled at 1.0" in said
+    monkeypatch.setattr(train, "update", lambda *args: (math.nan, math.nan, False))
+    with pytest.raises(UserError, match="the loss is nan before anything is learned"):
+        train.train(cfg)
 
 
 def test_learning_rate_warms_up_and_decays():

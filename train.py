@@ -908,10 +908,13 @@ def lr_range(cfg, data, device, dtype, updates=150, low=1e-3, high=10.0):
                 break
             scales.append(scale)
             losses.append(mean / (1 - 0.9 ** (i + 1)))      # the mean starts at 0
+        if not losses:
+            raise UserError(f"the loss is {loss} before anything is learned: try --dtype=float32")
         found[stage] = dict(scale=scales, loss=losses)
-        print(f"{stage}: the loss falls to {min(losses):.3f} at {scales[int(np.argmin(losses))]:.3g} times the rates"
-              + (f" and doubles at {scale:.3g} times" if len(losses) < updates else f", seen up to {high:g} times"),
-              flush=True)
+        end = f"seen up to {high:g} times" if finite else f"not finite at {scale:.3g} times"
+        end = f"doubled at {scale:.3g} times" if finite and len(losses) < updates else end
+        print(f"{stage}: the loss falls to {min(losses):.3f} at {scales[int(np.argmin(losses))]:.3g} times the rates, "
+              + end, flush=True)
     write_json(Path(cfg.out_dir) / "lr_range.json", found)
     return found
 
