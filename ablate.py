@@ -656,7 +656,7 @@ def markdown(table):
 def write_table(out, table):
     counts = sorted({len(row["seeds"]) for row in table["rows"]})
     shape = ", ".join(f"{k}={v}" for k, v in table["settings"].items())
-    head = (f"Balanced accuracy in % and its difference to `full` in points, paired by seed, on the same questions; "
+    head = (f"Balanced accuracy in % and its difference to \"full\" in points, paired by seed, on the same questions; "
             f"{' or '.join(map(str, counts))} seeds a variant (column seeds). Interval and p are of a moderated t-test "
             "(Smyth 2004): a variant's own scatter over seeds, drawn towards that of all; p corrected for "
             f"{table['tests']} tests by Holm; p exact (of all sign flips, at least 0.031 with 6 seeds and 0.25 with 3) "
