@@ -2259,6 +2259,15 @@ def test_tensorboard_is_told_numbers_confusion_and_where_it_looked(drawn, tmp_pa
     assert told["closed"]
 
 
+def test_validation_counts_what_was_said_where_yes_is_true_and_where_no_is(monkeypatch):
+    truth, odds = np.array([1, 1, 1, 0, 0, 0, 0]), np.array([2.0, 1, -1, -1, -1, -1, 3])
+    monkeypatch.setattr(train, "predict", lambda *args, **limit: (np.arange(7), odds))
+    data = SimpleNamespace(index=np.stack((truth,) * 4, 1))
+    accuracy, loss, confusion = train.validate(None, data, DEFAULTS, None, None)
+    assert confusion == [(2, 1), (1, 3)] and accuracy == pytest.approx((2 / 3 + 3 / 4) / 2)
+    assert loss == pytest.approx(np.mean(np.log1p(np.exp(np.where(truth, -odds, odds)))))
+
+
 def test_pictures_are_lit_where_the_question_looked(drawn):
     data = train.Data(small_run(drawn, "unused"), drawn.meta, "train")
     batch = data.batch(0, 3)
