@@ -904,10 +904,11 @@ def lr_range(cfg, data, device, dtype, updates=150, low=1e-3, high=10.0):
             loss, _, finite = update(*learned, optimizer, scaler, micros, total_weight(micros, cfg), stage == "read",
                                      dtype, cfg, Clock(device))
             mean = 0.9 * mean + 0.1 * loss
-            if not finite or losses and mean / (1 - 0.9 ** (i + 1)) > 2 * min(losses):
+            smooth = mean / (1 - 0.9 ** (i + 1))            # the mean starts at 0
+            if not finite or losses and smooth > 2 * min(losses):
                 break
             scales.append(scale)
-            losses.append(mean / (1 - 0.9 ** (i + 1)))      # the mean starts at 0
+            losses.append(smooth)
         if not losses:
             raise UserError(f"the loss is {loss} before anything is learned: try --dtype=float32")
         found[stage] = dict(scale=scales, loss=losses)
@@ -1145,7 +1146,7 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
                   seconds=round(time.time() - start, 1))
     print("---", *(f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()), sep="\n")
     if rank == 0:
-        (out / "train.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_json(out / "train.json", result)
     if ranks > 1:
         dist.destroy_process_group()
     return result
