@@ -4013,6 +4013,13 @@ def told(drawn, tmp_path_factory):
     return cfg
 
 
+@pytest.mark.parametrize("damage", ["step,loss\n1,2.5\n", "step,loss,lr,grad_norm,val_accuracy\n1,two,0.1,3,\n", "1\n2\n"])
+def test_a_damaged_log_is_refused_by_name(tmp_path, damage):
+    (tmp_path / "log.csv").write_text(damage)
+    with pytest.raises(UserError, match="log.csv is not a log of training"):
+        visualize.figure_training(SimpleNamespace(cfg=SimpleNamespace(out_dir=str(tmp_path))))
+
+
 def test_the_report_holds_every_figure_and_needs_no_network(told, capsys, monkeypatch):
     """Every figure is made and stands in the report, though none is rendered here: that takes a second each."""
     def save(drawn, path, dpi):

@@ -685,15 +685,22 @@ def figure_complexity(story):
 
 def figure_training(story):
     path = Path(story.cfg.out_dir) / "log.csv"
-    log = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    if not path.exists():
+        return None
+    columns = {"loss": "loss, nats", "lr": "learning rate × 1000", "grad_norm": "gradient norm",
+               "val_accuracy": "validation, %"}
+    try:
+        log = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        curves = {column: np.array([(int(row["step"]), float(row[column])) for row in log if row[column]]
+                                   ).reshape(-1, 2).T for column in columns}
+    except (csv.Error, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a log of training ({error}): mend it, or move it away") from None
     if not log:
         return None
     figure, axes = plot(1, 4, 1.9)
     stage = train.first_stage(story.cfg)
-    for axis, column, title in zip(axes[0], ("loss", "lr", "grad_norm", "val_accuracy"), (
-            "loss, nats", "learning rate × 1000", "gradient norm", "validation, %")):
-        known = [(int(row["step"]), float(row[column])) for row in log if row.get(column)]
-        step, value = np.array(known).reshape(-1, 2).T
+    for axis, (column, title) in zip(axes[0], columns.items()):
+        step, value = curves[column]
         axis.plot(step, value * {"lr": 1000, "val_accuracy": 100}.get(column, 1), "o-" if axis is axes[0, 3] else "-",
                   color=SERIES[0])
         axis.set(title=title, xlabel="update", xlim=(0, 1.05 * int(log[-1]["step"])),
