@@ -2243,18 +2243,22 @@ def test_tensorboard_is_told_numbers_confusion_and_where_it_looked(drawn, tmp_pa
         def close(self):
             told["closed"] = True
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    cfg = small_run(drawn, tmp_path, tensorboard=True, max_steps=4, eval_every=2, log_every=2)
+    cfg = small_run(drawn, tmp_path, tensorboard=True, max_steps=6, see_steps=2, eval_every=2, log_every=2)
     train.train(cfg)
     with open(tmp_path / "log.csv", newline="", encoding="utf-8") as file:
         log = [row for row in csv.DictReader(file)]
     for name in ("loss", "lr", "grad_norm", "val_accuracy"):
         logged = [(int(row["step"]), float(row[name])) for row in log if row[name]]
         assert told[name] == [(step, pytest.approx(value, rel=1e-4)) for step, value in logged], name
+    for step, rate in told["lr"]:                          # of the part that learns
+        peak = cfg.lr if step > train.first_stage(cfg) else cfg.lr_vision
+        assert rate == pytest.approx(peak * train.lr_scale(step - 1, cfg))
+    assert cfg.lr != cfg.lr_vision and train.first_stage(cfg) == 2
     counts = [list(map(int, re.findall(r"\d+", text))) for _, text in told["confusion"]]
     for (yes_yes, yes_no, no_yes, no_no), (_, accuracy) in zip(counts, told["val_accuracy"]):
         assert 50 * (yes_yes / (yes_yes + yes_no) + no_no / (no_yes + no_no)) == pytest.approx(100 * accuracy)
     for (step, picture), (_, asked) in zip(told["where it looked"][::2], told["where it looked"][1::2]):
-        assert picture.shape == (3, cfg.image_size, cfg.batch_size * cfg.image_size) and step in (2, 4)
+        assert picture.shape == (3, cfg.image_size, cfg.batch_size * cfg.image_size) and step in (4, 6)
         assert 0 <= picture.min() and picture.max() <= 1 and asked.count("?") == cfg.batch_size
     assert told["closed"]
 
@@ -4013,7 +4017,8 @@ def told(drawn, tmp_path_factory):
     return cfg
 
 
-@pytest.mark.parametrize("damage", ["step,loss\n1,2.5\n", "step,loss,lr,grad_norm,val_accuracy\n1,two,0.1,3,\n", "1\n2\n"])
+@pytest.mark.parametrize("damage", ["step,loss\n1,2.5\n", "step,loss,lr,grad_norm,val_accuracy\n1,two,0.1,3,\n",
+                                    "step,loss,lr,grad_norm,val_accuracy\nx,,,,\n", "1\n2\n"])
 def test_a_damaged_log_is_refused_by_name(tmp_path, damage):
     (tmp_path / "log.csv").write_text(damage)
     with pytest.raises(UserError, match="log.csv is not a log of training"):

@@ -1048,8 +1048,9 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
     try:
         while step < cfg.max_steps:
             model.freeze("vision", cfg.freeze_vision_steps < 0 or step < cfg.freeze_vision_steps)
+            scale = lr_scale(step, cfg)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * lr_scale(step, cfg)
+                group["lr"] = group["peak"] * scale
             read = step >= first_stage(cfg)
 
             micros = next(batches)
@@ -1074,7 +1075,7 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
             if step % cfg.log_every == 0 or step == cfg.max_steps:
                 spent = sum(clock.seconds.values()) - clock.seconds["validation"]
                 ms = 1000 * spent / (step - marked)
-                row = [step, loss_sum / since, optimizer.param_groups[-1]["lr"], norm, ms, 1000 * pairs / ms,
+                row = [step, loss_sum / since, scale * (cfg.lr if read else cfg.lr_vision), norm, ms, 1000 * pairs / ms,
                        clock.seconds["data"] / spent]
                 stage, end, speed = ("read", cfg.max_steps, f"{row[5]:.0f} pairs/s") if read else \
                     ("see", first_stage(cfg), f"{row[5] / cfg.commands_per_image:.0f} images/s")

@@ -691,11 +691,12 @@ def figure_training(story):
                "val_accuracy": "validation, %"}
     try:
         log = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        last = max((int(row["step"]) for row in log), default=0)
         curves = {column: np.array([(int(row["step"]), float(row[column])) for row in log if row[column]]
                                    ).reshape(-1, 2).T for column in columns}
     except (csv.Error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a log of training ({error}): mend it, or move it away") from None
-    if not log:
+    if not last:
         return None
     figure, axes = plot(1, 4, 1.9)
     stage = train.first_stage(story.cfg)
@@ -703,11 +704,12 @@ def figure_training(story):
         step, value = curves[column]
         axis.plot(step, value * {"lr": 1000, "val_accuracy": 100}.get(column, 1), "o-" if axis is axes[0, 3] else "-",
                   color=SERIES[0])
-        axis.set(title=title, xlabel="update", xlim=(0, 1.05 * int(log[-1]["step"])),
+        axis.set(title=title, xlabel="update", xlim=(0, 1.05 * last),
                  yscale="log" if column == "loss" else "linear")
         axis.axvline(stage, color=ACCENT, lw=0.8, ls="--")
-    return figure, f"From log.csv: the mean loss of {story.cfg.log_every} updates, the gradient norm of one, before " \
-        f"clipping at {story.cfg.grad_clip:g}. Left of the dashed line (update {stage}) only the encoder learns, " \
+    return figure, f"From log.csv: the mean loss of {story.cfg.log_every} updates, the learning rate of the encoder, " \
+        "then of the decoder, the gradient norm of one update, before clipping at " \
+        f"{story.cfg.grad_clip:g}. Left of the dashed line (update {stage}) only the encoder learns, " \
         "from the words of descriptions, so the losses on its two sides are not comparable. Validation: " \
         "balanced accuracy."
 
