@@ -44,7 +44,7 @@ import evaluate
 import prepare
 import train
 import visualize
-from commands import CATEGORIES, MAYBE, QUESTIONS, TEMPLATES, View
+from commands import CATEGORIES, UNSURE, QUESTIONS, TEMPLATES, View
 from config import UserError
 from evaluate import Questions, Subject
 from model import VLM, Attention, Decoder, DecoderBlock, GatedFFN, Packing, RMSNorm, pick_device, rope_tables
@@ -232,7 +232,7 @@ def unbalanced_items(folder, cfg_items):
         own = pictures.get(frame["index"], [])
         if own:
             view = View(frame, cfg)
-            known = [q for q in kept if q.truth(view) != MAYBE]
+            known = [q for q in kept if q.truth(view) != UNSURE]
             asked = rng.choices(known, [TEMPLATES[q.template].share / number[q.template] for q in known],
                                 k=sum(item["answer"] is not None for item in own))
             made += [commands.make_item(frame["index"], q, view, rng) for q in asked]
@@ -302,7 +302,7 @@ def variants(cfg):
     half = {k: getattr(cfg, k) // 2 for k in ("vision_dim", "text_dim", "vision_ffn_dim", "text_ffn_dim", "stem_width",
                                               "text_head_dim")}
     # an update of the first stage costs a third of one of the second
-    unseen = dict(tag_weight=0.0, max_steps=cfg.max_steps - train.first_stage(cfg) * 2 // 3)
+    unseen = dict(tag_weight=0.0, max_steps=cfg.max_steps - train.see_updates(cfg) * 2 // 3)
     return {                                                # those that matter most first
         "full": of("nothing changed"),
         "no_cross": reads("no cross-attention: the mean of all patches added to each word",
@@ -932,10 +932,10 @@ class Trial:
                 drawn[where] = (prepare.draw_scene(spec, cfg.image_size), View(prepare.scene_frame(spec, cfg), cfg))
             picture, view = drawn[where]
             answer = asked.questions[i].truth(view) if moved else None
-            if answer != MAYBE:
+            if answer != UNSURE:
                 pictures.append(picture)
                 of.append(n)
-                truth.append(answer == commands.YES if moved else self.truth[n])
+                truth.append(answer == commands.TRUE if moved else self.truth[n])
         of, truth = np.array(of, int), np.array(truth, bool)
         if not moved:
             return self.row(pictures, of=of)

@@ -1,7 +1,7 @@
 """Commands, their answers and the reasons for them: every rule of the task in one file.
 
 - View: what counts as seen, where (left, ahead, right) and how near, read off one labelled frame.
-- Truth has three values, NO < MAYBE < YES. MAYBE is "a fair person could argue": such a command is never used.
+- Truth has three values, FALSE < UNSURE < TRUE. UNSURE is "a fair person could argue": such a command is never used.
 - Question: a template with its objects and place; knows its truth, its words and its reason.
 - choose(): picks commands so that for every question YES and NO are equally frequent, and in every picture too.
 - check_reason(): reads a reason back and tests each claim by the same rules.
@@ -18,7 +18,7 @@ import numpy as np
 
 import config
 
-NO, MAYBE, YES = 0, 1, 2      # truth, ordered: AND is min, OR is max, NOT is 2 - x, on numbers and on arrays alike
+FALSE, UNSURE, TRUE = 0, 1, 2      # truth, ordered: AND is min, OR is max, NOT is 2 - x, on numbers and on arrays alike
 PLACES = ("left", "ahead", "right")
 COLOURS = ("red", "yellow", "green")
 ROAD_USERS = ("car", "truck", "bus", "train", "pedestrian", "rider", "bicycle", "motorcycle")
@@ -42,8 +42,8 @@ SIDE = {"left": "left", "ahead": "way ahead", "right": "right"}
 
 # ---- the view: what is seen, where, how near ----
 
-Seen = namedtuple("Seen", "category seen place places near closeness colour label")
-# seen: YES or MAYBE; place: left/ahead/right, None at a border; places: where it may be; near: truth;
+Thing = namedtuple("Thing", "category certain place places near closeness colour label")
+# certain: TRUE or UNSURE; place: left/ahead/right, None at a border; places: where it may be; near: truth;
 # closeness: over 1 is near, larger is nearer; label: index of the label in the frame
 
 
@@ -70,7 +70,7 @@ class View:
     """The objects of a frame as the rules see them.
 
     frame: BDD100K record with boxes in pixels of the stored cfg.image_size picture; cfg: settings.
-    .objects: list of Seen, nearest first.
+    .objects: list of Thing, nearest first.
     """
 
     def __init__(self, frame, cfg):
@@ -88,10 +88,10 @@ class View:
                 measure, line = (y2 - y1) / size, cfg.near_height
             else:
                 measure, line = y2 / size, cfg.near_line
-            near = MAYBE if abs(measure - line) < cfg.near_margin else (YES if measure > line else NO)
+            near = UNSURE if abs(measure - line) < cfg.near_margin else (TRUE if measure > line else FALSE)
             colour = label.get("attributes", {}).get("trafficLightColor", "none")
-            seen = YES if big and share >= cfg.min_visible else MAYBE
-            self.objects.append(Seen(label["category"], seen, place, places, near, measure / line, colour, index))
+            certain = TRUE if big and share >= cfg.min_visible else UNSURE
+            self.objects.append(Thing(label["category"], certain, place, places, near, measure / line, colour, index))
         self.objects.sort(key=lambda o: -o.closeness)
         self.light = self._light()
 
@@ -99,30 +99,30 @@ class View:
         """The one colour of the traffic lights; "none" without any light; None when unreadable or in disagreement."""
         lights = [o for o in self.objects if o.category == "traffic light"]
         colours = {o.colour for o in lights if o.colour in COLOURS}
-        readable = {o.colour for o in lights if o.colour in COLOURS and o.seen == YES}
+        readable = {o.colour for o in lights if o.colour in COLOURS and o.certain == TRUE}
         if not lights:
             return "none"
         return next(iter(readable)) if len(readable) == 1 and len(colours) == 1 else None
 
     def shows(self, colour):
         """Truth of "the traffic light is `colour`"."""
-        return MAYBE if self.light is None else (YES if self.light == colour else NO)
+        return UNSURE if self.light is None else (TRUE if self.light == colour else FALSE)
 
     def matching(self, category=None, place=None, near=None):
         """[(truth, object)] for objects that are or may be of `category` (None: any road user), at `place`, `near`."""
         found = []
         for o in self.objects:
             if o.category == category or (category is None and o.category in ROAD_USERS):
-                at = YES if place in (None, o.place) else MAYBE if place in o.places else NO
-                by = YES if near is None else (o.near if near else 2 - o.near)
-                truth = min(o.seen, at, by)
-                if truth > NO:
+                at = TRUE if place in (None, o.place) else UNSURE if place in o.places else FALSE
+                by = TRUE if near is None else (o.near if near else 2 - o.near)
+                truth = min(o.certain, at, by)
+                if truth > FALSE:
                     found.append((truth, o))
         return found
 
     def exists(self, category=None, place=None, near=None):
         """Truth of "there is such an object"."""
-        return max((truth for truth, _ in self.matching(category, place, near)), default=NO)
+        return max((truth for truth, _ in self.matching(category, place, near)), default=FALSE)
 
 
 # ---- words for reasons ----
@@ -140,13 +140,13 @@ def noun_of(o):
 
 def whereabouts(o):
     """ "near on the left", "far ahead", "near", or "in view" when neither place nor distance is certain."""
-    words = [{YES: "near", NO: "far", MAYBE: ""}[o.near], AT.get(o.place, "")]
+    words = [{TRUE: "near", FALSE: "far", UNSURE: ""}[o.near], AT.get(o.place, "")]
     return " ".join(w for w in words if w) or "in view"
 
 
 def positive(view, category, place=None, near=None):
     """The reason that such an object is there: names the nearest that certainly is."""
-    o = next(o for truth, o in view.matching(category, place, near) if truth == YES)
+    o = next(o for truth, o in view.matching(category, place, near) if truth == TRUE)
     return f"{article(NOUNS[o.category][0])} is {whereabouts(o)}"
 
 
@@ -155,7 +155,7 @@ def negative(view, category, place=None, near=None):
     noun = NOUNS[category][0]
     text = f"no {noun} is " + (" ".join(w for w in ("near" if near else "", AT.get(place, "")) if w) or "in view")
     if place or near:
-        other = next((o for truth, o in view.matching(category) if truth == YES and o.place), None)
+        other = next((o for truth, o in view.matching(category) if truth == TRUE and o.place), None)
         if other:
             text += f" , one is {whereabouts(other)}"
     return text
@@ -170,7 +170,7 @@ def describe(view, limit, place=None):
 
     "nothing" means nothing that certainly counts, by the same rules.
     """
-    seen = [o for o in view.objects if o.seen == YES and place in (None, o.place)][:limit]
+    seen = [o for o in view.objects if o.certain == TRUE and place in (None, o.place)][:limit]
     return " , ".join(f"{article(noun_of(o))} {whereabouts(o)}" for o in seen) or \
         f"nothing {AT.get(place, 'in view')}"
 
@@ -292,7 +292,7 @@ class Question(namedtuple("Question", "template first second")):
         return tuple(self) in HELD_OUT
 
     def truth(self, view):
-        """NO, MAYBE or YES, from the rules of the template."""
+        """FALSE, UNSURE or TRUE, from the rules of the template."""
         template, first, second = self
         if template in ("exists", "near"):
             return view.exists(first, near=True if template == "near" else None)
@@ -316,7 +316,7 @@ class Question(namedtuple("Question", "template first second")):
     def reason(self, view):
         """Short true reason for the (certain) answer, made from the rule that gave it."""
         template, first, second = self
-        yes = self.truth(view) == YES
+        yes = self.truth(view) == TRUE
         if template in ("exists", "near", "exists_at"):
             asked = dict(place=second or None, near=True if template == "near" else None)
             return positive(view, first, **asked) if yes else negative(view, first, **asked)
@@ -325,13 +325,13 @@ class Question(namedtuple("Question", "template first second")):
         if template in ("and", "and_no", "or"):
             if yes != (template == "or"):   # both parts matter; else one part alone decides
                 return _claim(view, first) + " and " + _claim(view, second)
-            decides = YES if template == "or" else NO
+            decides = TRUE if template == "or" else FALSE
             return _claim(view, first if _thing(view, first) == decides else second)
         causes = []
         if template in ("straight", "turn", "stop") and view.light in COLOURS:
             causes.append(light_words(view))
         blockers = [f"{article(NOUNS[o.category][0])} is near {AT[o.place]}" for place in self.ways()
-                    for truth, o in view.matching(None, place, near=True) if truth == YES]
+                    for truth, o in view.matching(None, place, near=True) if truth == TRUE]
         if (template == "stop") == yes:     # something is in the way
             return " and ".join([c for c in causes if "green" not in c] + blockers[:1])
         return " and ".join(causes + ["nothing is near " + " or ".join(AT[place] for place in self.ways())])
@@ -357,7 +357,7 @@ def _claim(view, name):
     """What is true about `name`, which must be certain."""
     if name in LIGHTS:
         return light_words(view)
-    return positive(view, name) if view.exists(name) == YES else negative(view, name)
+    return positive(view, name) if view.exists(name) == TRUE else negative(view, name)
 
 
 def all_questions():
@@ -409,7 +409,7 @@ def check_reason(reason, view):
 
     Used on what the model generates as much as on what this file writes.
     """
-    worst, subject = YES, None
+    worst, subject = TRUE, None
     for clause in re.split(r" and | , ", reason):
         light, nothing, claim = _LIGHT.fullmatch(clause), _NOTHING.fullmatch(clause), _CLAUSE.fullmatch(clause)
         if light:
@@ -419,8 +419,8 @@ def check_reason(reason, view):
             if places:
                 truth = min(2 - view.exists(None, _PLACE[p], near=True) for p in places.split(" or "))
             else:
-                there = [o for o in view.objects if o.seen == YES and place in (None, AT.get(o.place))]
-                truth = NO if there else YES
+                there = [o for o in view.objects if o.certain == TRUE and place in (None, AT.get(o.place))]
+                truth = FALSE if there else TRUE
         elif claim:
             no, noun, near, where, one, near_one, where_one = claim.groups()
             if one and subject is None:
@@ -431,7 +431,7 @@ def check_reason(reason, view):
             if subject in ("light", *LIGHTS):
                 colours = COLOURS + ("none",) if subject == "light" else (subject.split()[0],)
                 truth = max((t for t, o in view.matching("traffic light", place, near) if o.colour in colours),
-                            default=NO)
+                            default=FALSE)
             else:
                 truth = view.exists(_CATEGORY[subject], place, near)
             truth = 2 - truth if no else truth
@@ -457,15 +457,15 @@ def choose(table, cfg, rng, shares=None):
         cells = [q for q, question in enumerate(QUESTIONS) if not question.held_out]
         number = {t: sum(QUESTIONS[q].template == t for q in cells if _possible(table[:, q])) for t in TEMPLATES}
         shares = {q: TEMPLATES[QUESTIONS[q].template].share / max(number[QUESTIONS[q].template], 1) for q in cells}
-    load = {NO: np.zeros(pictures, int), YES: np.zeros(pictures, int)}
+    load = {FALSE: np.zeros(pictures, int), TRUE: np.zeros(pictures, int)}
     picked = []
-    order = sorted(shares, key=lambda q: min((table[:, q] == YES).sum(), (table[:, q] == NO).sum()))
+    order = sorted(shares, key=lambda q: min((table[:, q] == TRUE).sum(), (table[:, q] == FALSE).sum()))
     for q in order:
-        rows = {a: np.flatnonzero((table[:, q] == a) & (load[a] < half)) for a in (NO, YES)}
-        n = min(len(rows[NO]), len(rows[YES]), int(np.ceil(shares[q] * cfg.commands_stored * pictures / 2)))
+        rows = {a: np.flatnonzero((table[:, q] == a) & (load[a] < half)) for a in (FALSE, TRUE)}
+        n = min(len(rows[FALSE]), len(rows[TRUE]), int(np.ceil(shares[q] * cfg.commands_stored * pictures / 2)))
         if n < cfg.min_cell:
             continue
-        for answer in (YES, NO):
+        for answer in (TRUE, FALSE):
             surplus = load[answer][rows[answer]] - load[2 - answer][rows[answer]]
             first = np.lexsort((rng.random(len(surplus)), load[answer][rows[answer]], surplus))[:n]
             chosen = rows[answer][first]
@@ -477,7 +477,7 @@ def choose(table, cfg, rng, shares=None):
 
 
 def _possible(column):
-    return (column == YES).any() and (column == NO).any()
+    return (column == TRUE).any() and (column == FALSE).any()
 
 
 def balance(items):
@@ -495,7 +495,7 @@ def make_item(picture, question, view, rng, paraphrase=None):
     """One finished command as a plain dict."""
     return dict(picture=int(picture), template=question.template, first=question.first, second=question.second,
                 family=question.family, level=question.level, place=question.place,
-                command=question.words(rng, paraphrase), answer=question.truth(view) == YES,
+                command=question.words(rng, paraphrase), answer=question.truth(view) == TRUE,
                 reason=question.reason(view))
 
 
@@ -510,15 +510,15 @@ def describe_item(picture, view, rng, cfg, place=""):
 
 def where_items(picture, view, rng):
     """"where is the bus", for up to two kinds that are certainly there and one of any; without a verdict either."""
-    there = [c for c in CATEGORIES if view.exists(c) == YES]
+    there = [c for c in CATEGORIES if view.exists(c) == TRUE]
     items = []
     for category in dict.fromkeys(rng.sample(there, min(2, len(there))) + rng.sample(CATEGORIES, 1)):
         truth, noun = view.exists(category), rng.choice(NOUNS[category])
-        if truth != MAYBE:
+        if truth != UNSURE:
             items.append(dict(picture=int(picture), template="where", first=category, second="", family="describe",
                               level="describe", place="", answer=None,
                               command=rng.choice(WHERE[:-1]).format(n=noun, a=article(noun)),
-                              reason=(positive if truth == YES else negative)(view, category)))
+                              reason=(positive if truth == TRUE else negative)(view, category)))
     return items
 
 
@@ -528,7 +528,7 @@ def main(cfg):
     for name in range(60):
         view = View(scene_frame(sample_scene(f"example-{name}", cfg), cfg), cfg)
         for question in rng.sample(QUESTIONS, len(QUESTIONS)):
-            if question.truth(view) != MAYBE and shown.setdefault((question.template, question.truth(view)), 0) < 1:
+            if question.truth(view) != UNSURE and shown.setdefault((question.template, question.truth(view)), 0) < 1:
                 shown[question.template, question.truth(view)] += 1
                 item = make_item(name, question, view, rng)
                 print(f"scene:   {describe(view, 9)}\n{item['family']:>10} / {item['template']}: {item['command']}?\n"

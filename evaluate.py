@@ -34,7 +34,7 @@ import commands
 import config
 import prepare
 import train
-from commands import CATEGORIES, LIGHTS, MAYBE, Question, View
+from commands import CATEGORIES, LIGHTS, UNSURE, Question, View
 from config import UserError
 from model import VLM
 from tokenizer import NO, YES
@@ -500,16 +500,16 @@ def reasons(subject, asked, count):
     found = dict(exact=mean_row(own, [a == b for a, b in pairs], resamples),
                  bleu4=dict(n=len(pairs), value=bleu4(pairs)),
                  rouge_l=mean_row(own, [rouge_l(*p) for p in pairs], resamples),
-                 true=mean_row(own, truth == commands.YES, resamples),
-                 false=mean_row(own, truth == commands.NO, resamples),
+                 true=mean_row(own, truth == commands.TRUE, resamples),
+                 false=mean_row(own, truth == commands.FALSE, resamples),
                  not_in_grammar=mean_row(own, truth == -1, resamples))
     if any(item["answer"] is not None for item in asked.items):             # else: descriptions
         valid = np.array([verdict is not None for verdict, _ in said], bool)
         right = np.array([verdict == asked.truth[i] for (verdict, _), i in zip(said, chosen)], bool)
         found.update(valid_answers=mean_row(own, valid, resamples),
-                     true_when_answer_right=mean_row(own[right], truth[right] == commands.YES, resamples),
-                     true_when_answer_wrong=mean_row(own[~right], truth[~right] == commands.YES, resamples),
-                     shortcut_rate=mean_row(own[right], truth[right] == commands.NO, resamples))
+                     true_when_answer_right=mean_row(own[right], truth[right] == commands.TRUE, resamples),
+                     true_when_answer_wrong=mean_row(own[~right], truth[~right] == commands.TRUE, resamples),
+                     shortcut_rate=mean_row(own[right], truth[right] == commands.FALSE, resamples))
     return found
 
 
@@ -579,7 +579,7 @@ def looks(subject, asked, chosen, model=None):
         answers.append(cross[:, :, -1])
         words = [subject.tokenizer.words[t] for t in asked.prompts[i]]
         for category in dict.fromkeys(question.objects):
-            seen = [labels[o.label] for truth, o in view.matching(category) if truth == commands.YES]
+            seen = [labels[o.label] for truth, o in view.matching(category) if truth == commands.TRUE]
             at = [t for t, word in enumerate(words) if word in NAMED[category]]
             if seen and at:
                 add("word", i, category, cross[:, :, at[0]], cover(seen, cfg.image_size, side))
@@ -588,7 +588,7 @@ def looks(subject, asked, chosen, model=None):
             near = True if question.template == "near" else None
             names = question.objects[:1] if question.template == "and_no" else question.objects
             seen = [labels[o.label] for name in names for truth, o in view.matching(name, place, near)
-                    if truth == commands.YES]
+                    if truth == commands.TRUE]
             if seen:
                 add("answer", i, question.objects[0], answers[-1], cover(seen, cfg.image_size, side))
     answer, word = (Look(np.array(found[kind][0], int), *map(np.array, found[kind][1:])) for kind in ("answer", "word"))
@@ -868,7 +868,7 @@ def parts(question, view):
         found = [Question("exists_at", c, first) for c in commands.ROAD_USERS]
     else:
         found = []
-    return [q for q in found if q.truth(view) != MAYBE]
+    return [q for q in found if q.truth(view) != UNSURE]
 
 
 def failures(subject, asked, odds):
@@ -886,7 +886,7 @@ def failures(subject, asked, odds):
         forms = [question.words(rng, k) for k in range(len(commands.TEMPLATES[question.template].paraphrases))]
         pieces = parts(question, view)
         prompts.append([subject.tokenizer.prompt(c) for c in forms + [q.words(rng, 0) for q in pieces]])
-        plans.append((len(forms), [q.truth(view) == commands.YES for q in pieces], pieces))
+        plans.append((len(forms), [q.truth(view) == commands.TRUE for q in pieces], pieces))
     answers = subject.ask((asked.data.images[asked.picture[i]], own) for i, own in zip(wrong, prompts))
     records = []
     for i, (forms, truths, pieces), said in zip(wrong, plans, answers):
@@ -922,8 +922,8 @@ def confusions(asked, odds, least=20):
             view, place = asked.views[asked.picture[i]], question.second or None
             for other in CATEGORIES:
                 truth = view.exists(other, place)
-                if other != question.first and truth != MAYBE:
-                    cells.setdefault((question.first, other), ([], []))[truth == commands.YES].append(said[i])
+                if other != question.first and truth != UNSURE:
+                    cells.setdefault((question.first, other), ([], []))[truth == commands.TRUE].append(said[i])
     found = []
     for (category, other), (absent, there) in cells.items():
         if len(there) >= least and len(absent) >= least:

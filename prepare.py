@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 import commands
 import config
 from config import UserError
-from commands import MAYBE, QUESTIONS, YES, Question, View
+from commands import UNSURE, QUESTIONS, TRUE, Question, View
 from tokenizer import Tokenizer
 
 MAGIC, VERSION = "traffic-vlm-data", 1
@@ -636,7 +636,7 @@ def find_twins(spec, question, rng, cfg, tries=40):
         if edit is None:
             continue
         new = question.truth(View(scene_frame(apply_edit(spec, edit), cfg), cfg))
-        if new != MAYBE and (new == truth) not in found:
+        if new != UNSURE and (new == truth) not in found:
             found[new == truth] = edit
             if len(found) == 2:
                 break
@@ -902,10 +902,10 @@ def _entry(frame, folder, cfg, problems=()):
     view, split = View(frame, cfg), split_of(frame["name"])
     if folder and cfg.val_is_test:
         split = "test" if folder == "val" else "train" if split == "test" else split
-    truth, seen = commands.truths(view).tolist(), [o for o in view.objects if o.seen == YES]
+    truth, seen = commands.truths(view).tolist(), [o for o in view.objects if o.certain == TRUE]
     frame.update(index=0, split="ood" if frame["name"].startswith("ood-") else split, complexity=len(seen),
                  relations=[f"{commands.noun_of(o)} {commands.whereabouts(o)}" for o in seen],
-                 available=Counter(q.family for q, t in zip(QUESTIONS, truth) if t != MAYBE))
+                 available=Counter(q.family for q, t in zip(QUESTIONS, truth) if t != UNSURE))
     return [frame, frame["name"], "".join(map(str, truth)), problems]
 
 
@@ -1291,7 +1291,7 @@ def draw_report(meta, cfg):
         for o in View(frame, cfg).objects:
             box = frame["labels"][o.label]["box2d"]
             corner, sides = (box["x1"] - 0.5, box["y1"] - 0.5), (box["x2"] - box["x1"], box["y2"] - box["y1"])
-            axis.add_patch(plt.Rectangle(corner, *sides, fill=False, lw=1.4, ls="-" if o.seen == YES else ":",
+            axis.add_patch(plt.Rectangle(corner, *sides, fill=False, lw=1.4, ls="-" if o.certain == TRUE else ":",
                                          color="#ff3bd4"))
             axis.text(box["x1"], box["y1"] - 1, o.category, fontsize=7, color="white",
                       bbox=dict(facecolor="black", alpha=0.6, pad=0.6, lw=0))

@@ -39,7 +39,7 @@ import prepare
 import tokenizer
 import train
 import visualize
-from commands import CATEGORIES, MAYBE, NO, QUESTIONS, YES, Question, View, check_reason
+from commands import CATEGORIES, UNSURE, FALSE, QUESTIONS, TRUE, Question, View, check_reason
 from config import UserError
 from model import Attention, Packing, RMSNorm, VLM, rope_tables, rotate, self_mask
 from tokenizer import Tokenizer
@@ -731,9 +731,9 @@ def reason_of(template, first="", second="", labels=()):
     """The reason of a certain answer, after its own check."""
     view = view_of(*labels)
     question = Question(template, first, second)
-    assert question.truth(view) != MAYBE
+    assert question.truth(view) != UNSURE
     reason = question.reason(view)
-    assert check_reason(reason, view) == YES
+    assert check_reason(reason, view) == TRUE
     return reason
 
 
@@ -1083,26 +1083,27 @@ def test_a_held_out_paraphrase_is_made_of_trained_words():
 # ---- scenes and commands ----
 
 def test_exists_and_tiny_objects():
-    assert ask("exists", "car", labels=[box("car")]) == YES
-    assert ask("exists", "bus", labels=[box("car")]) == NO and ask("exists", "car") == NO
-    assert ask("exists", "car", labels=[box("car", width=7.9)]) == MAYBE
-    assert ask("exists", "car", labels=[box("car", height=5)]) == MAYBE
-    assert ask("exists", "car", labels=[box("car", centre=20, width=5), box("car", centre=100)]) == YES
+    assert ask("exists", "car", labels=[box("car")]) == TRUE
+    assert ask("exists", "bus", labels=[box("car")]) == FALSE and ask("exists", "car") == FALSE
+    assert ask("exists", "car", labels=[box("car", width=7.9)]) == UNSURE
+    assert ask("exists", "car", labels=[box("car", height=5)]) == UNSURE
+    assert ask("exists", "car", labels=[box("car", centre=20, width=5), box("car", centre=100)]) == TRUE
 
 
 @pytest.mark.parametrize("centre, left, ahead, right", [
-    (20, YES, NO, NO), (38, YES, NO, NO), (40, MAYBE, MAYBE, None), (46, MAYBE, MAYBE, None), (47, NO, YES, NO),
-    (81, NO, YES, NO), (84, None, MAYBE, MAYBE), (90, NO, NO, YES), (118, NO, NO, YES)])
+    (20, TRUE, FALSE, FALSE), (38, TRUE, FALSE, FALSE), (40, UNSURE, UNSURE, None), (46, UNSURE, UNSURE, None),
+    (47, FALSE, TRUE, FALSE),
+    (81, FALSE, TRUE, FALSE), (84, None, UNSURE, UNSURE), (90, FALSE, FALSE, TRUE), (118, FALSE, FALSE, TRUE)])
 def test_places_are_thirds_with_ambiguous_borders(centre, left, ahead, right):
     label = box("car", centre=centre)
     for place, truth in zip(commands.PLACES, (left, ahead, right)):
         found = ask("exists_at", "car", place, [label])
-        assert found == truth if truth is not None else found < YES, place
-    assert ask("exists", "car", labels=[label]) == YES
+        assert found == truth if truth is not None else found < TRUE, place
+    assert ask("exists", "car", labels=[label]) == TRUE
 
 
 def test_near_is_the_lower_edge_or_the_height_of_what_hangs():
-    for bottom, truth in ((80, NO), (88, NO), (90, MAYBE), (95, MAYBE), (97, YES), (120, YES)):
+    for bottom, truth in ((80, FALSE), (88, FALSE), (90, UNSURE), (95, UNSURE), (97, TRUE), (120, TRUE)):
         assert ask("near", "car", labels=[box("car", bottom=bottom)]) == truth, bottom
     for height, how in ((16, "far"), (35, "near")):
         sign = box("traffic sign", centre=20, bottom=50, height=height)
@@ -1112,33 +1113,35 @@ def test_near_is_the_lower_edge_or_the_height_of_what_hangs():
 
 def test_light_colours():
     colours = commands.COLOURS
-    assert [ask("light", c) for c in colours] == [NO, NO, NO]
-    assert [ask("light", c, labels=[lamp("red")]) for c in colours] == [YES, NO, NO]
-    assert [ask("light", c, labels=[lamp("green"), lamp("green", centre=20.0)]) for c in colours] == [NO, NO, YES]
-    assert [ask("light", c, labels=[lamp("none")]) for c in colours] == [MAYBE] * 3
-    assert [ask("light", c, labels=[lamp("red"), lamp("green", centre=20.0)]) for c in colours] == [MAYBE] * 3
-    assert [ask("light", c, labels=[lamp("red"), lamp("none", centre=20.0)]) for c in colours] == [YES, NO, NO]
+    assert [ask("light", c) for c in colours] == [FALSE, FALSE, FALSE]
+    assert [ask("light", c, labels=[lamp("red")]) for c in colours] == [TRUE, FALSE, FALSE]
+    shown = [ask("light", c, labels=[lamp("green"), lamp("green", centre=20.0)]) for c in colours]
+    assert shown == [FALSE, FALSE, TRUE]
+    assert [ask("light", c, labels=[lamp("none")]) for c in colours] == [UNSURE] * 3
+    assert [ask("light", c, labels=[lamp("red"), lamp("green", centre=20.0)]) for c in colours] == [UNSURE] * 3
+    assert [ask("light", c, labels=[lamp("red"), lamp("none", centre=20.0)]) for c in colours] == [TRUE, FALSE, FALSE]
     tiny_green = lamp("green", centre=20.0, width=4.0, height=6.0)
-    assert [ask("light", c, labels=[tiny_green]) for c in colours] == [MAYBE] * 3
-    assert [ask("light", c, labels=[lamp("red"), tiny_green]) for c in colours] == [MAYBE] * 3
+    assert [ask("light", c, labels=[tiny_green]) for c in colours] == [UNSURE] * 3
+    assert [ask("light", c, labels=[lamp("red"), tiny_green]) for c in colours] == [UNSURE] * 3
 
 
 def test_what_is_almost_covered_is_ambiguous():
     car = box("car", centre=64, bottom=80, width=32, height=24)
     covers = {share: box("truck", centre=48 + 16 * share, bottom=110, width=32 * share, height=70)
               for share in (0.5, 0.75)}
-    assert ask("exists", "car", labels=[car, covers[0.5]]) == YES
-    assert ask("exists", "car", labels=[car, covers[0.75]]) == MAYBE
+    assert ask("exists", "car", labels=[car, covers[0.5]]) == TRUE
+    assert ask("exists", "car", labels=[car, covers[0.75]]) == UNSURE
     behind = box("truck", centre=64, bottom=78, width=60, height=60)       # higher in the picture: farther
-    assert ask("exists", "car", labels=[car, behind]) == YES
-    assert ask("exists", "truck", labels=[car, behind]) == YES
+    assert ask("exists", "car", labels=[car, behind]) == TRUE
+    assert ask("exists", "truck", labels=[car, behind]) == TRUE
 
 
 def test_going_straight_and_stopping():
-    cases = [([], YES), ([FAR["ahead"]], YES), ([BLOCK["ahead"]], NO), ([BLOCK["left"], BLOCK["right"]], YES),
-             ([lamp("red")], NO), ([lamp("yellow")], NO), ([lamp("green")], YES), ([lamp("green"), BLOCK["ahead"]], NO),
-             ([lamp("none")], MAYBE), ([lamp("none"), BLOCK["ahead"]], NO), ([box("car", bottom=92)], MAYBE),
-             ([box("car", centre=43, bottom=110)], MAYBE), ([box("traffic sign", bottom=110, height=40)], YES)]
+    cases = [([], TRUE), ([FAR["ahead"]], TRUE), ([BLOCK["ahead"]], FALSE), ([BLOCK["left"], BLOCK["right"]], TRUE),
+             ([lamp("red")], FALSE), ([lamp("yellow")], FALSE), ([lamp("green")], TRUE),
+             ([lamp("green"), BLOCK["ahead"]], FALSE),
+             ([lamp("none")], UNSURE), ([lamp("none"), BLOCK["ahead"]], FALSE), ([box("car", bottom=92)], UNSURE),
+             ([box("car", centre=43, bottom=110)], UNSURE), ([box("traffic sign", bottom=110, height=40)], TRUE)]
     for labels, truth in cases:
         assert ask("straight", labels=labels) == truth, labels
         assert ask("stop", labels=labels) == 2 - truth, labels
@@ -1146,34 +1149,34 @@ def test_going_straight_and_stopping():
 
 def test_turning_changing_lanes_and_clear_sides():
     for side, other in (("left", "right"), ("right", "left")):
-        assert ask("turn", side) == YES and ask("turn", side, labels=[BLOCK[other]]) == YES
-        assert ask("turn", side, labels=[BLOCK[side]]) == ask("turn", side, labels=[BLOCK["ahead"]]) == NO
-        assert ask("turn", side, labels=[lamp("red")]) == NO and ask("turn", side, labels=[lamp("green")]) == YES
-        assert ask("change", side, labels=[BLOCK[side]]) == NO
-        assert ask("change", side, labels=[BLOCK[other], BLOCK["ahead"], lamp("red")]) == YES
+        assert ask("turn", side) == TRUE and ask("turn", side, labels=[BLOCK[other]]) == TRUE
+        assert ask("turn", side, labels=[BLOCK[side]]) == ask("turn", side, labels=[BLOCK["ahead"]]) == FALSE
+        assert ask("turn", side, labels=[lamp("red")]) == FALSE and ask("turn", side, labels=[lamp("green")]) == TRUE
+        assert ask("change", side, labels=[BLOCK[side]]) == FALSE
+        assert ask("change", side, labels=[BLOCK[other], BLOCK["ahead"], lamp("red")]) == TRUE
     for place in commands.PLACES:
-        assert ask("clear", place, labels=[BLOCK[place]]) == NO
-        assert ask("clear", place, labels=[BLOCK[p] for p in BLOCK if p != place] + [FAR[place], lamp("red")]) == YES
+        assert ask("clear", place, labels=[BLOCK[place]]) == FALSE
+        assert ask("clear", place, labels=[BLOCK[p] for p in BLOCK if p != place] + [FAR[place], lamp("red")]) == TRUE
     for place in ("left", "ahead"):
-        assert ask("clear", place, labels=[box("car", centre=43, bottom=110)]) == MAYBE
+        assert ask("clear", place, labels=[box("car", centre=43, bottom=110)]) == UNSURE
 
 
-@pytest.mark.parametrize("a, b", list(itertools.product((NO, MAYBE, YES), repeat=2)))
+@pytest.mark.parametrize("a, b", list(itertools.product((FALSE, UNSURE, TRUE), repeat=2)))
 def test_and_or_and_no_follow_kleene(a, b):
-    width = {MAYBE: 5, YES: 16}
-    labels = [box(name, centre=x, width=width[t]) for name, x, t in (("car", 20, a), ("bus", 100, b)) if t != NO]
-    tables = {"and": [[NO, NO, NO], [NO, MAYBE, MAYBE], [NO, MAYBE, YES]],
-              "or": [[NO, MAYBE, YES], [MAYBE, MAYBE, YES], [YES, YES, YES]],
-              "and_no": [[NO, NO, NO], [MAYBE, MAYBE, NO], [YES, MAYBE, NO]]}
+    width = {UNSURE: 5, TRUE: 16}
+    labels = [box(name, centre=x, width=width[t]) for name, x, t in (("car", 20, a), ("bus", 100, b)) if t != FALSE]
+    tables = {"and": [[FALSE, FALSE, FALSE], [FALSE, UNSURE, UNSURE], [FALSE, UNSURE, TRUE]],
+              "or": [[FALSE, UNSURE, TRUE], [UNSURE, UNSURE, TRUE], [TRUE, TRUE, TRUE]],
+              "and_no": [[FALSE, FALSE, FALSE], [UNSURE, UNSURE, FALSE], [TRUE, UNSURE, FALSE]]}
     for template, table in tables.items():
         assert ask(template, "car", "bus", labels) == table[a][b], template
 
 
 def test_and_no_with_a_light():
-    assert ask("and_no", "car", "red light", [box("car"), lamp("red", centre=20.0)]) == NO
-    assert ask("and_no", "car", "red light", [box("car"), lamp("green", centre=20.0)]) == YES
-    assert ask("and", "car", "red light", [box("car")]) == NO
-    assert ask("or", "car", "red light", [lamp("none", centre=20.0)]) == MAYBE
+    assert ask("and_no", "car", "red light", [box("car"), lamp("red", centre=20.0)]) == FALSE
+    assert ask("and_no", "car", "red light", [box("car"), lamp("green", centre=20.0)]) == TRUE
+    assert ask("and", "car", "red light", [box("car")]) == FALSE
+    assert ask("or", "car", "red light", [lamp("none", centre=20.0)]) == UNSURE
 
 
 @pytest.mark.parametrize("question, labels, reason", [
@@ -1220,9 +1223,9 @@ def test_a_description_lists_certain_objects_nearest_first():
               box("pedestrian", centre=100, bottom=105), box("truck", centre=64, bottom=60, width=5)]
     text = "a red light near on the right , a bus near on the left , a pedestrian near on the right , a car far ahead"
     view = view_of(*labels)
-    assert commands.describe(view, 9) == text and check_reason(text, view) == YES
+    assert commands.describe(view, 9) == text and check_reason(text, view) == TRUE
     assert commands.describe(view, 2) == ", ".join(text.split(", ")[:2]).strip(" ,")
-    assert commands.describe(view_of(), 4) == "nothing in view" and check_reason("nothing in view", view_of()) == YES
+    assert commands.describe(view_of(), 4) == "nothing in view" and check_reason("nothing in view", view_of()) == TRUE
 
 
 def test_where_is_asked_of_what_is_certainly_there_or_not_and_answered_truly(drawn):
@@ -1241,12 +1244,12 @@ def test_where_is_asked_of_what_is_certainly_there_or_not_and_answered_truly(dra
             assert len(set(kinds)) == len(kinds) <= 3
             for item in own[4:]:
                 truth = drawn.views[picture].exists(item["first"])
-                assert truth != MAYBE and item["template"] == "where"
-                assert item["reason"].startswith("no ") == (truth == NO)
+                assert truth != UNSURE and item["template"] == "where"
+                assert item["reason"].startswith("no ") == (truth == FALSE)
                 noun = next(m.group(1) for m in (f.fullmatch(item["command"]) for f in forms) if m)
                 assert re.sub("^an? ", "", noun) in commands.NOUNS[item["first"]]
                 asked[truth] += 1
-    assert asked[YES] > asked[NO] > 100
+    assert asked[TRUE] > asked[FALSE] > 100
 
 
 def test_ways_are_the_places_that_must_be_free():
@@ -1271,28 +1274,28 @@ def test_check_reason_denies_what_is_false_and_knows_its_grammar():
                   "the light is green", "no light is in view", "nothing is near ahead",
                   "a bus is near ahead and no car is in view", "no car is on the right , one is near ahead",
                   "nothing in view", "nothing is near on the left or ahead", "a green light far ahead"):
-        assert check_reason(false, view) == NO, false
+        assert check_reason(false, view) == FALSE, false
     for true in ("a car is far on the left", "no car is on the right , one is far on the left", "the light is red",
                  "nothing is near on the left or on the right", "a bus near ahead , a red light far ahead"):
-        assert check_reason(true, view) == YES, true
+        assert check_reason(true, view) == TRUE, true
     for foreign in ("", "a dog is near ahead", "the light is blue", "a car is near ahead near", "red light the is",
                     "one is near ahead", "a car is far on the left a bus is near ahead", "a bus is near ahead , and"):
         assert check_reason(foreign, view) is None, foreign
-    assert check_reason("a car is far", view_of(box("car", bottom=92))) == MAYBE
+    assert check_reason("a car is far", view_of(box("car", bottom=92))) == UNSURE
 
 
 def test_every_reason_of_the_finished_commands_is_true(drawn):
     for name in SETS:
         assert drawn.items[name]
         for item in drawn.items[name]:
-            assert check_reason(item["reason"], drawn.views[item["picture"]]) == YES, (name, item)
+            assert check_reason(item["reason"], drawn.views[item["picture"]]) == TRUE, (name, item)
 
 
 def test_every_answer_of_the_finished_commands_follows_from_the_rules(drawn):
     for name in SETS:
         for item in drawn.items[name]:
             if item["answer"] is not None:
-                assert question_of(item).truth(drawn.views[item["picture"]]) == (YES if item["answer"] else NO)
+                assert question_of(item).truth(drawn.views[item["picture"]]) == (TRUE if item["answer"] else FALSE)
             elif item["template"] != "where":
                 place = item["place"] or None
                 assert item["reason"] == commands.describe(drawn.views[item["picture"]], drawn.cfg.max_describe, place)
@@ -1412,7 +1415,7 @@ def test_removing_an_object_changes_the_picture_inside_its_box(drawn):
     for index in range(0, 120, 2):
         frame, picture = drawn.frames[index], drawn.images[index].astype(int)
         spec = prepare.sample_scene(Path(frame["name"]).stem, drawn.cfg)
-        certain = {o.label for o in drawn.views[index].objects if o.seen == YES}
+        certain = {o.label for o in drawn.views[index].objects if o.certain == TRUE}
         for i, o in enumerate(spec["objects"]):
             without = dict(spec, objects=spec["objects"][:i] + spec["objects"][i + 1:])
             left = prepare.scene_frame(without, drawn.cfg)["labels"]
@@ -1445,7 +1448,7 @@ def test_twins_change_only_what_they_edit_and_flip_the_answer_or_keep_it(drawn):
                 continue
             new = prepare.apply_edit(spec, edit)
             truth = question_of(item).truth(View(prepare.scene_frame(new, cfg), cfg))
-            assert truth == (YES if item["answer"] == (role == "neutral") else NO), (role, item)
+            assert truth == (TRUE if item["answer"] == (role == "neutral") else FALSE), (role, item)
             assert len(edit["remove"]) <= 1 and len(edit["add"]) <= 1
             if n % 5 == 0:
                 seen[edit["kind"]] += 1
@@ -1542,8 +1545,8 @@ def test_a_flip_mirrors_the_picture_and_its_words_and_keeps_the_truth(drawn):
                 if item["answer"] is None:
                     continue
                 question = Question(item["template"], swapped(item["first"]), swapped(item["second"]))
-                assert rest.startswith("[YES]") == item["answer"] == (question.truth(view) == YES)
-                assert question.truth(view) != MAYBE
+                assert rest.startswith("[YES]") == item["answer"] == (question.truth(view) == TRUE)
+                assert question.truth(view) != UNSURE
                 if question not in known:
                     forms = len(commands.TEMPLATES[question.template].paraphrases) - 1
                     known[question] = set().union(*(wordings(question, k, 120) for k in range(forms)))
@@ -1596,11 +1599,11 @@ def test_a_crop_keeps_every_answer_reason_and_description(drawn):
             assert slope >= 0.64
             view = View(moved(drawn.frames[picture], x, first, 1 / slope, size), cfg)
             for item in (drawn.items["train"][r] for r in own):
-                wished = YES if item["answer"] is None else YES if item["answer"] else NO
+                wished = TRUE if item["answer"] is None else TRUE if item["answer"] else FALSE
                 said = check_reason(item["reason"], view)
                 truth = said if item["answer"] is None else question_of(item).truth(view)
-                assert said != NO and truth != 2 - wished, item
-                asked, certain = asked + 1, certain + (truth == wished and said == YES)
+                assert said != FALSE and truth != 2 - wished, item
+                asked, certain = asked + 1, certain + (truth == wished and said == TRUE)
     assert crops >= 10 and certain >= 0.99 * asked
 
 
@@ -1614,7 +1617,7 @@ def test_jitter_leaves_a_lamp_its_colour(drawn):
         assert np.abs(before - after).mean() > 2
         for k, picture in enumerate(pictures_shown(a, plain)):
             for o in drawn.views[picture].objects:
-                if o.category == "traffic light" and o.colour in commands.COLOURS and o.seen == YES:
+                if o.category == "traffic light" and o.colour in commands.COLOURS and o.certain == TRUE:
                     b2 = drawn.frames[picture]["labels"][o.label]["box2d"]
                     y, x = (slice(int(b2[c + "1"]), int(b2[c + "2"]) + 1) for c in "yx")
                     patch = before[k, y, x].reshape(-1, 3)
@@ -1954,10 +1957,10 @@ def test_filters_of_a_bdd100k_folder_are_checked_and_say_what_there_is(tmp_path)
 
 def test_frames_say_what_stands_where_and_what_can_be_asked(drawn):
     for frame, view in list(zip(drawn.frames, drawn.views))[:40]:
-        assert len(frame["relations"]) == frame["complexity"] == sum(o.seen == YES for o in view.objects)
-        for words, o in zip(frame["relations"], (o for o in view.objects if o.seen == YES)):
+        assert len(frame["relations"]) == frame["complexity"] == sum(o.certain == TRUE for o in view.objects)
+        for words, o in zip(frame["relations"], (o for o in view.objects if o.certain == TRUE)):
             assert words.startswith(commands.noun_of(o)) and (o.place is None or commands.AT[o.place] in words)
-        certain = Counter(q.family for q in QUESTIONS if q.truth(view) != MAYBE)
+        certain = Counter(q.family for q in QUESTIONS if q.truth(view) != UNSURE)
         assert frame["available"] == certain
 
 
@@ -2251,9 +2254,9 @@ def test_tensorboard_is_told_numbers_confusion_and_where_it_looked(drawn, tmp_pa
         logged = [(int(row["step"]), float(row[name])) for row in log if row[name]]
         assert told[name] == [(step, pytest.approx(value, rel=1e-4)) for step, value in logged], name
     for step, rate in told["lr"]:                          # of the part that learns
-        peak = cfg.lr if step > train.first_stage(cfg) else cfg.lr_vision
+        peak = cfg.lr if step > train.see_updates(cfg) else cfg.lr_vision
         assert rate == pytest.approx(peak * train.lr_scale(step - 1, cfg))
-    assert cfg.lr != cfg.lr_vision and train.first_stage(cfg) == 2
+    assert cfg.lr != cfg.lr_vision and train.see_updates(cfg) == 2
     counts = [list(map(int, re.findall(r"\d+", text))) for _, text in told["confusion"]]
     for (yes_yes, yes_no, no_yes, no_no), (_, accuracy) in zip(counts, told["val_accuracy"]):
         assert 50 * (yes_yes / (yes_yes + yes_no) + no_no / (no_yes + no_no)) == pytest.approx(100 * accuracy)
@@ -3319,7 +3322,7 @@ def test_the_parts_of_a_pair_decide_it(drawn):
     for view in drawn.views[:20]:
         for question in QUESTIONS:
             pieces = evaluate.parts(question, view)
-            assert all(p.truth(view) != MAYBE and question not in pieces for p in pieces)
+            assert all(p.truth(view) != UNSURE and question not in pieces for p in pieces)
             if question.template in ("and", "or", "and_no") and len(pieces) == 2:
                 a, b = (p.truth(view) for p in pieces)
                 together = {"and": min(a, b), "or": max(a, b), "and_no": min(a, 2 - b)}
@@ -3461,8 +3464,8 @@ def test_reasons_are_compared_and_checked(subject, tested, drawn, monkeypatch):
     other = say([(truth, reason) for (truth, _), reason in zip(own, others)])
     assert other["true"] < 60 and other["exact"] < 20 and other["bleu4"] < 60 and other["shortcut_rate"] > 30
     truths = [check_reason(reason, tested.views[tested.picture[i]]) for i, reason in zip(chosen, others)]
-    assert other["true"] == pytest.approx(100 * np.mean([t == YES for t in truths]))
-    assert other["false"] == pytest.approx(100 * np.mean([t == NO for t in truths])) == other["shortcut_rate"]
+    assert other["true"] == pytest.approx(100 * np.mean([t == TRUE for t in truths]))
+    assert other["false"] == pytest.approx(100 * np.mean([t == FALSE for t in truths])) == other["shortcut_rate"]
     foreign = say([(not t if k % 2 else None, "a dog is here") for k, (t, _) in enumerate(own)])
     assert (foreign["not_in_grammar"], foreign["true"], foreign["false"], foreign["valid_answers"]) == (100, 0, 0, 50)
     assert foreign["shortcut_rate"] is None and foreign["true_when_answer_wrong"] == 0
@@ -4339,7 +4342,7 @@ def test_unbalanced_questions_are_true_and_give_their_answer_away(drawn):
     asked = [i for i in items if i["answer"] is not None]
     for item in asked[::50]:
         truth = question_of(item).truth(drawn.views[item["picture"]])
-        assert truth == (YES if item["answer"] else NO) and not question_of(item).held_out
+        assert truth == (TRUE if item["answer"] else FALSE) and not question_of(item).held_out
     share = np.mean([i["answer"] for i in asked])
     assert abs(share - 0.5) > 0.1 and share == pytest.approx((data.index[:, 3] == 1).sum() / len(asked))
     prompts = [data.tokens[r, :data.index[r, 1]].tolist() for r in (0, 5)]

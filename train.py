@@ -179,10 +179,10 @@ class Data:
                 labels.append(dict(label, box2d=box))
         view = commands.View(dict(frame, labels=labels), cfg)
         for item in (self.items[i] for i in chosen):
-            same = commands.check_reason(item["reason"], view) == commands.YES
+            same = commands.check_reason(item["reason"], view) == commands.TRUE
             if item["answer"] is not None:
                 question = commands.Question(item["template"], item["first"], item["second"])
-                same &= question.truth(view) == (commands.YES if item["answer"] else commands.NO)
+                same &= question.truth(view) == (commands.TRUE if item["answer"] else commands.FALSE)
             elif item["template"] != "where":
                 same &= commands.describe(view, cfg.max_describe, item["place"] or None) == item["reason"]
             if not same:
@@ -333,7 +333,7 @@ def batch_loss(model, tagger, batch, cfg, total_weight, read=True):
 
 # ---- optimizer and schedule ----
 
-def first_stage(cfg):
+def see_updates(cfg):
     """Updates of the first stage, in which only the encoder learns."""
     return min(cfg.see_steps, int(0.6 * cfg.max_steps)) if cfg.tag_weight else 0
 
@@ -790,7 +790,7 @@ def time_updates(cfg, data, device, dtype, turns=4, updates=8):
     parts, clock = learner(cfg, data, device, dtype), Clock(device, exact=True)
     rates, rows, done = [], {}, {}
     images, K, block = cfg.batch_size * cfg.grad_accum, cfg.commands_per_image, cfg.prefetch + updates
-    stages = {stage: n for stage, n in (("see", first_stage(cfg)), ("read", cfg.max_steps - first_stage(cfg))) if n}
+    stages = {stage: n for stage, n in (("see", see_updates(cfg)), ("read", cfg.max_steps - see_updates(cfg))) if n}
     batches = {stage: prefetched(lambda i: data.micro_batches(i, 0, cfg.batch_size), 0, turns * block, cfg.prefetch)
                for stage in stages}
     for turn in range(turns):                               # the first warms up and counts
@@ -892,7 +892,7 @@ def lr_range(cfg, data, device, dtype, updates=150, low=1e-3, high=10.0):
     rates may be somewhat higher than this says.
     """
     found = {}
-    for stage in ("see", "read") if first_stage(cfg) else ("read",):
+    for stage in ("see", "read") if see_updates(cfg) else ("read",):
         torch.manual_seed(cfg.seed)
         *learned, optimizer, scaler = learner(cfg, data, device, dtype)
         scales, losses, mean = [], [], 0.0
@@ -1004,7 +1004,7 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
         print(f"LoRA of rank {cfg.lora_rank}: {learns:,} weights learn, the rest stays as it was")
     pairs = cfg.batch_size * cfg.grad_accum * cfg.commands_per_image
     print(f"{parameters / 1e6:.2f}M parameters; {len(data.pictures)} training pictures, {len(data.index)} commands; "
-          f"{cfg.max_steps} updates of {pairs} pairs, the first {first_stage(cfg)} of pictures alone, "
+          f"{cfg.max_steps} updates of {pairs} pairs, the first {see_updates(cfg)} of pictures alone, "
           f"{cfg.max_steps * pairs / cfg.commands_per_image / len(data.pictures):.1f} passes")
     write = save_checkpoint if rank == 0 else lambda path, content: None
 
@@ -1051,7 +1051,7 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
             scale = lr_scale(step, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * scale
-            read = step >= first_stage(cfg)
+            read = step >= see_updates(cfg)
 
             micros = next(batches)
             clock("data")
@@ -1078,7 +1078,7 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
                 row = [step, loss_sum / since, scale * (cfg.lr if read else cfg.lr_vision), norm, ms, 1000 * pairs / ms,
                        clock.seconds["data"] / spent]
                 stage, end, speed = ("read", cfg.max_steps, f"{row[5]:.0f} pairs/s") if read else \
-                    ("see", first_stage(cfg), f"{row[5] / cfg.commands_per_image:.0f} images/s")
+                    ("see", see_updates(cfg), f"{row[5] / cfg.commands_per_image:.0f} images/s")
                 print(f"{stage} {step}/{end}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  "
                       f"{speed}  wait {100 * row[6]:.0f}%  eta {(end - step) * ms / 1000:.0f} s", flush=True)
                 log.writerow([f"{x:.8g}" for x in row] + ["", "", "", f"{time.time() - start:.1f}"])
@@ -1090,7 +1090,7 @@ def train(cfg, make_model=VLM, make_data=Data, seen=None):
                 marked, loss_sum, since = step, 0.0, 0
                 clock.seconds.clear()
 
-            if seen and step == first_stage(cfg):
+            if seen and step == see_updates(cfg):
                 checkpoint(seen)
             if read and step % cfg.eval_every == 0 or step == cfg.max_steps:
                 accuracy, val_loss, confusion = validate(model, val, cfg, device, dtype)

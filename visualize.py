@@ -480,7 +480,7 @@ class Story:
 def named_boxes(frame, view, question, command):
     """Labels of the certain objects that each word of the command names and, last, of those that make it YES."""
     def certain(category, **where):
-        return [frame["labels"][o.label] for t, o in view.matching(category, **where) if t == commands.YES]
+        return [frame["labels"][o.label] for t, o in view.matching(category, **where) if t == commands.TRUE]
     where = dict(place=question.second if question.template == "exists_at" else None,
                  near=True if question.template == "near" else None)
     decisive = question.objects[:1] if question.template == "and_no" else question.objects
@@ -495,7 +495,7 @@ def figure_pictures(story):
     for picture in rng.permutation(np.unique(asked.picture))[:10]:
         item = asked.items[rng.choice(np.flatnonzero(asked.picture == picture))]
         labels, view = asked.frames[picture]["labels"], asked.views[picture]
-        seen = [labels[o.label] for o in view.objects if o.seen == commands.YES]
+        seen = [labels[o.label] for o in view.objects if o.certain == commands.TRUE]
         panels.append(Panel(asked.data.images[picture], boxes=seen, label=tidy(
             f"{item['command']}?\n{'YES' if item['answer'] else 'NO'}: {item['reason']}")))
     return draw_panels(panels, 5, ["Pictures and questions"], "Outlined: every object that counts as seen. Above: a "
@@ -699,7 +699,7 @@ def figure_training(story):
     if not last:
         return None
     figure, axes = plot(1, 4, 1.9)
-    stage = train.first_stage(story.cfg)
+    stage = train.see_updates(story.cfg)
     for axis, (column, title) in zip(axes[0], columns.items()):
         step, value = curves[column]
         axis.plot(step, value * {"lr": 1000, "val_accuracy": 100}.get(column, 1), "o-" if axis is axes[0, 3] else "-",
