@@ -1,7 +1,7 @@
 """Tests: `python -m pytest test_model.py`. Nothing is downloaded; what needs a missing package is skipped.
 
-Every test fails if the thing it names breaks. Sections: model; settings and text; scenes and commands; stored data;
-training; evaluation; answering.
+Every test fails if the thing it names breaks. Sections: helpers; model; settings and text; scenes and commands; stored
+data; training; evaluation; answering; ablations.
 """
 import ast
 import base64
@@ -76,6 +76,284 @@ def padded(lengths, left=False, seed=3):
 
 def close(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
+
+
+SETS = ("train", "val", "test", "ood", "test_words", "test_combos")
+DEFAULTS = config.from_args()
+SIZE = DEFAULTS.image_size
+SMALL = dict(vision_dim=32, vision_heads=1, vision_layers=1, vision_ffn_dim=64, stem_width=8, text_dim=32, text_heads=2,
+             text_kv_heads=1, text_head_dim=16, text_layers=1, text_ffn_dim=32, batch_size=4, commands_per_image=4,
+             dtype="float32", device="cpu", eval_items=40, warmup_steps=2, log_every=1, max_steps=4, see_steps=0)
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """A small drawn data set: its settings, meta, frames, commands of each set, and pictures. Nobody writes to it."""
+    folder = tmp_path_factory.mktemp("data")
+    cfg = config.from_args([], num_scenes=400, num_ood_scenes=40, data_dir=str(folder), workers=1, min_cell=2)
+    meta = prepare.prepare(cfg)
+    frames = [json.loads(line) for line in (folder / "frames.jsonl").read_text(encoding="utf-8").splitlines()]
+    return SimpleNamespace(cfg=cfg, meta=meta, frames=frames, items={s: prepare.read_items(folder, s) for s in SETS},
+                           images=np.load(folder / "images.npy", mmap_mode="r"), views=[View(f, cfg) for f in frames])
+
+
+@pytest.fixture(scope="session")
+def lexicon():
+    return tokenizer.Tokenizer(commands.vocabulary())
+
+
+def changed(cfg, **changes):
+    return SimpleNamespace(**{**vars(cfg), **changes})
+
+
+def small_run(drawn, out, **changes):
+    """Settings of a run of a second on the drawn data."""
+    return config.check(changed(drawn.cfg, **{**SMALL, "out_dir": str(out), **changes}))
+
+
+def small_model(cfg, vocab_size):
+    torch.manual_seed(0)
+    return VLM(cfg, vocab_size).eval()
+
+
+def box(category, centre=64.0, bottom=75.0, width=16.0, height=16.0, colour="none"):
+    """A label by hand. At 128 pixels, left is below 38, ahead 47 to 81, right above 90; near is a bottom above 96."""
+    edges = dict(x1=centre - width / 2, y1=bottom - height, x2=centre + width / 2, y2=bottom)
+    return dict(category=category, box2d=edges, attributes=dict(trafficLightColor=colour))
+
+
+def lamp(colour, **where):
+    return box("traffic light", **{**dict(centre=64.0, bottom=40.0, width=12.0, height=16.0, colour=colour), **where})
+
+
+def view_of(*labels):
+    return View(dict(name="hand", labels=list(labels), attributes={}), DEFAULTS)
+
+
+def ask(template, first="", second="", labels=()):
+    return Question(template, first, second).truth(view_of(*labels))
+
+
+def reason_of(template, first="", second="", labels=()):
+    """The reason of a certain answer, after its own check."""
+    view = view_of(*labels)
+    question = Question(template, first, second)
+    assert question.truth(view) != UNSURE
+    reason = question.reason(view)
+    assert check_reason(reason, view) == TRUE
+    return reason
+
+
+def swapped(text):
+    """left <-> right in a text."""
+    return re.sub(r"\b(left|right)\b", lambda m: {"left": "right", "right": "left"}[m.group()], text)
+
+
+def mirrored(frame, size):
+    labels = [dict(lab, box2d=dict(lab["box2d"], x1=size - lab["box2d"]["x2"], x2=size - lab["box2d"]["x1"]))
+              for lab in frame["labels"]]
+    return dict(frame, labels=labels)
+
+
+def moved(frame, x, y, scale, size):
+    """The labels of a frame after cropping at (x, y) and enlarging by `scale`."""
+    labels = []
+    for label in frame["labels"]:
+        b = label["box2d"]
+        new = {k: (b[k] - (x if k[0] == "x" else y)) * scale for k in ("x1", "y1", "x2", "y2")}
+        new = {k: min(max(v, 0.0), float(size)) for k, v in new.items()}
+        if new["x2"] - new["x1"] > 1 and new["y2"] - new["y1"] > 1:
+            labels.append(dict(label, box2d=new))
+    return dict(frame, labels=labels)
+
+
+def question_of(item):
+    return Question(item["template"], item["first"], item["second"])
+
+
+def as_pixels(images, data):
+    """Normalised (B, 3, S, S) back to (B, S, S, 3) in 0..255, float."""
+    return (images.numpy().transpose(0, 2, 3, 1) * data.std + data.mean) * 255
+
+
+def pictures_shown(batch, data):
+    """Which stored picture each image of an unflipped, unjittered batch is."""
+    patch = np.asarray(data.images[:, 60:64, 60:64], dtype=np.float32).reshape(len(data.images), -1)
+    seen = as_pixels(batch.images, data)[:, 60:64, 60:64].reshape(len(batch.images), -1)
+    distance = np.abs(seen[:, None] - patch[None]).max(-1)
+    assert distance.min(1).max() < 0.01
+    return distance.argmin(1)
+
+
+def rows_of(batch, data, pictures):
+    """Row of the set's commands for each (picture, command) of an unflipped batch: (B, K) list of list of int."""
+    found = []
+    for picture, texts in zip(pictures, batch.tokens.numpy()):
+        own = np.flatnonzero(data.index[:, 0] == picture)
+        known = {tuple(data.tokens[r, :data.index[r, 2]].tolist()): int(r) for r in own}
+        found.append([known[tuple(t[t != 0].tolist())] for t in texts])
+    return found
+
+
+def log_losses(out):
+    """{step: loss} of log.csv."""
+    with open(Path(out) / "log.csv", newline="", encoding="utf-8") as file:
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file) if row["loss"]}
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C while update `step` begins."""
+    scale = train.lr_scale
+
+    def scale_or_stop(now, cfg):
+        if now == step:
+            signal.raise_signal(signal.SIGINT)
+        return scale(now, cfg)
+    monkeypatch.setattr(train, "lr_scale", scale_or_stop)
+
+
+def made_up(root, **changes):
+    """Settings of a run of milliseconds an update: 12 pictures of noise a set, random words, in a folder of their own.
+
+    numpy's generator makes all of it, so that it is the same on every machine, and a pass takes 3 updates.
+    """
+    cfg = small_run(SimpleNamespace(cfg=DEFAULTS), root / "out", data_dir=str(root / "data"), image_size=32,
+                    patch_size=8, **changes)
+    rng, words, k = np.random.default_rng(0), Tokenizer(train.TAGS + ["left", "right", "?"]).words, np.arange(96)
+    folder = Path(cfg.data_dir)
+    folder.mkdir(parents=True)
+    np.save(folder / "images.npy", rng.integers(0, 256, (36, 32, 32, 3), np.uint8))
+    for i, name in enumerate(("train", "val", "test")):
+        prompt, answer = 4 + k % 3, np.where(k % 8 < 4, k % 2, -1)         # of 8 commands, 4 are descriptions
+        index = np.stack([12 * i + k // 8, prompt, prompt + 3 + k % 4, answer], 1)
+        tokens = rng.integers(6, len(words), (96, 12))
+        tokens[k, prompt] = np.where(answer < 0, tokens[k, prompt], np.where(answer, tokenizer.YES, tokenizer.NO))
+        tokens[np.arange(12) >= index[:, 2:3]] = tokenizer.PAD
+        np.save(folder / f"index_{name}.npy", index.astype(np.int32))
+        np.save(folder / f"tokens_{name}.npy", tokens.astype(np.uint16))
+        (folder / f"commands_{name}.jsonl").write_text('{"family": "noise"}\n' * 96, encoding="utf-8")
+    meta = dict(magic=prepare.MAGIC, version=prepare.VERSION, hash=config.data_hash(cfg), mean=[0.5] * 3, std=[0.3] * 3)
+    for name, content in (("vocab.json", words), ("meta.json", meta)):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return cfg
+
+
+def last_of(cfg):
+    """What last.pt holds but for the settings, which may differ in out_dir and resume."""
+    state = train.load_checkpoint(Path(cfg.out_dir) / "last.pt")
+    return {k: v for k, v in state.items() if k != "config"}
+
+
+def logged(cfg):
+    """The rows of log.csv without times."""
+    with open(Path(cfg.out_dir) / "log.csv", newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k not in ("ms", "pairs_per_s", "wait_share", "seconds")}
+                for row in csv.DictReader(file)]
+
+
+class Killed(BaseException):
+    """The end of a process, which nothing catches."""
+
+
+def killed(*_):
+    raise Killed
+
+
+def wordings(question, paraphrase, tries=12):
+    return {question.words(random.Random(seed), paraphrase) for seed in range(tries)}
+
+
+BLOCK = {place: box("truck", centre=x, bottom=110) for place, x in (("left", 20), ("ahead", 64), ("right", 108))}
+FAR = {place: dict(BLOCK[place], box2d=dict(BLOCK[place]["box2d"], y2=75, y1=59)) for place in BLOCK}
+CAR_LEFT, BUS_AHEAD = box("car", centre=20), box("bus", bottom=110)
+
+
+def touched(spec, o, size):
+    """Pixels that an object may touch: its box, a generous shadow, the pole of what hangs, and the blur."""
+    x1, y1, x2, y2 = prepare.object_box(spec, o)
+    aside = 0.0 if o["y"] > 0 else 0.7 * (x2 - x1)
+    below = prepare.project(spec, o["x"], 0, o["z"])[1] if o["y"] > 0 else y2 + 0.2 * (x2 - x1) + 0.02
+    mask, grow = np.zeros((size, size), bool), 5
+    left, top, right, low = (int(v * size) for v in (x1 - aside, y1, x2 + aside, below))
+    mask[max(0, top - grow):max(0, low + grow), max(0, left - grow):max(0, right + grow)] = True
+    return mask
+
+
+def bdd_folder(root):
+    """A BDD100K tree as of 2018 with 20 frames for train and 6 for val; returns {name: record}, in the lists' order."""
+    rng, records = random.Random(0), {}
+
+    def label(category, *edges, **attributes):
+        return dict(category=category, box2d=dict(zip(("x1", "y1", "x2", "y2"), edges)), attributes=attributes, id=1)
+    for folder, count in (("train", 20), ("val", 6)):
+        listed, pictures = [], root / "images" / "100k" / folder
+        pictures.mkdir(parents=True)
+        (root / "labels").mkdir(exist_ok=True)
+        for i in range(count):
+            x = rng.choice((20, 140, 250))
+            listed.append(dict(name=f"{folder}{i:02d}.jpg", timestamp=10000, attributes=dict(
+                weather="clear", scene="city street", timeofday="daytime"), labels=[
+                    label(rng.choice(("car", "bus", "person")), x, 60, x + 50, rng.choice((100, 160)))]))
+            Image.new("RGB", (320, 180), (40 + i, 90, 140)).save(pictures / listed[-1]["name"])
+        if folder == "train":
+            lane = dict(category="lane", poly2d=[dict(vertices=[[0, 0], [5, 5]], types="LL", closed=False)], id=2)
+            listed[1]["labels"] = [label("car", 30, 60, 90, 170), dict(category="bus", box2d=None, attributes={}),
+                                   label("truck", 200, 100, 150, 120), label("spaceship", 1, 1, 90, 90), lane,
+                                   label("bike", -20, 90, 60, 400), label("motor", 400, 10, 500, 90),
+                                   label("traffic light", 100, 10, 130, 70, trafficLightColor="G"),
+                                   dict(category="drivable area", poly2d=[[1, 2]], box2d=None)]
+            listed[2]["labels"] = None
+            listed[3]["labels"] = [lane]
+            listed[4]["attributes"]["weather"] = "rainy"
+            listed[5]["attributes"] = dict(weather="undefined", scene="city street", timeofday="daytime")
+            (pictures / listed[6]["name"]).unlink()
+            full = (pictures / listed[7]["name"]).read_bytes()
+            (pictures / listed[7]["name"]).write_bytes(full[:len(full) // 2])
+            (pictures / listed[8]["name"]).write_text("not a picture")
+        (root / "labels" / f"bdd100k_labels_images_{folder}.json").write_text(json.dumps(listed))
+        records.update({r["name"]: r for r in listed})
+    return records
+
+
+def bdd_settings(folder, **changes):
+    """Settings for the tree folder/bdd, data in folder/out."""
+    return config.from_args([], source="bdd100k", bdd_dir=str(folder / "bdd"), data_dir=str(folder / "out"),
+                            **{**dict(workers=1, min_cell=1), **changes})
+
+
+def rejected_in(folder):
+    with open(folder / "rejected.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def frames_in(folder):
+    return [json.loads(line) for line in (folder / "frames.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+RECORDS = [dict(name="a.jpg", labels=[dict(category="car", box2d=dict(x1=1.5, y1=2, x2=3e2, y2=-4))]),
+           dict(name='quote " and ] } , [ { in a name \\', labels=None), dict(name="ünïcode 路", labels=[]), {},
+           dict(name="x" * 50, attributes=dict(deep=[[[1, 2], [3]], dict(a=dict(b=[True, None]))]))]
+
+
+def refuses(call, *words):
+    """call() ends in a UserError of one line that holds all these words."""
+    with pytest.raises(UserError) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text, text
+    assert all(word in text for word in words), text
+
+
+def fuzz(cases, call):
+    """Every case is accepted or refused in one line; returns how many were refused."""
+    refused = 0
+    for case in cases:
+        try:
+            call(case)
+        except UserError as error:
+            assert "\n" not in str(error), case
+            refused += 1
+    return refused
 
 
 # ---- model: shapes ----
@@ -669,263 +947,6 @@ def test_decoder_equals_hf_gemma():
         difference = (a - b)[real].abs().max()
         print(f"\nGemma: largest difference {difference:.1e} of values up to {b[real].abs().max():.1f}")
         assert difference < 1e-4
-
-
-SETS = ("train", "val", "test", "ood", "test_words", "test_combos")
-DEFAULTS = config.from_args()
-SIZE = DEFAULTS.image_size
-SMALL = dict(vision_dim=32, vision_heads=1, vision_layers=1, vision_ffn_dim=64, stem_width=8, text_dim=32, text_heads=2,
-             text_kv_heads=1, text_head_dim=16, text_layers=1, text_ffn_dim=32, batch_size=4, commands_per_image=4,
-             dtype="float32", device="cpu", eval_items=40, warmup_steps=2, log_every=1, max_steps=4, see_steps=0)
-
-
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory):
-    """A small drawn data set: its settings, meta, frames, commands of each set, and pictures. Nobody writes to it."""
-    folder = tmp_path_factory.mktemp("data")
-    cfg = config.from_args([], num_scenes=400, num_ood_scenes=40, data_dir=str(folder), workers=1, min_cell=2)
-    meta = prepare.prepare(cfg)
-    frames = [json.loads(line) for line in (folder / "frames.jsonl").read_text(encoding="utf-8").splitlines()]
-    return SimpleNamespace(cfg=cfg, meta=meta, frames=frames, items={s: prepare.read_items(folder, s) for s in SETS},
-                           images=np.load(folder / "images.npy", mmap_mode="r"), views=[View(f, cfg) for f in frames])
-
-
-@pytest.fixture(scope="session")
-def lexicon():
-    return tokenizer.Tokenizer(commands.vocabulary())
-
-
-def changed(cfg, **changes):
-    return SimpleNamespace(**{**vars(cfg), **changes})
-
-
-def small_run(drawn, out, **changes):
-    """Settings of a run of a second on the drawn data."""
-    return config.check(changed(drawn.cfg, **{**SMALL, "out_dir": str(out), **changes}))
-
-
-def small_model(cfg, vocab_size):
-    torch.manual_seed(0)
-    return VLM(cfg, vocab_size).eval()
-
-
-def box(category, centre=64.0, bottom=75.0, width=16.0, height=16.0, colour="none"):
-    """A label by hand. At 128 pixels, left is below 38, ahead 47 to 81, right above 90; near is a bottom above 96."""
-    edges = dict(x1=centre - width / 2, y1=bottom - height, x2=centre + width / 2, y2=bottom)
-    return dict(category=category, box2d=edges, attributes=dict(trafficLightColor=colour))
-
-
-def lamp(colour, **where):
-    return box("traffic light", **{**dict(centre=64.0, bottom=40.0, width=12.0, height=16.0, colour=colour), **where})
-
-
-def view_of(*labels):
-    return View(dict(name="hand", labels=list(labels), attributes={}), DEFAULTS)
-
-
-def ask(template, first="", second="", labels=()):
-    return Question(template, first, second).truth(view_of(*labels))
-
-
-def reason_of(template, first="", second="", labels=()):
-    """The reason of a certain answer, after its own check."""
-    view = view_of(*labels)
-    question = Question(template, first, second)
-    assert question.truth(view) != UNSURE
-    reason = question.reason(view)
-    assert check_reason(reason, view) == TRUE
-    return reason
-
-
-def swapped(text):
-    """left <-> right in a text."""
-    return re.sub(r"\b(left|right)\b", lambda m: {"left": "right", "right": "left"}[m.group()], text)
-
-
-def mirrored(frame, size):
-    labels = [dict(lab, box2d=dict(lab["box2d"], x1=size - lab["box2d"]["x2"], x2=size - lab["box2d"]["x1"]))
-              for lab in frame["labels"]]
-    return dict(frame, labels=labels)
-
-
-def moved(frame, x, y, scale, size):
-    """The labels of a frame after cropping at (x, y) and enlarging by `scale`."""
-    labels = []
-    for label in frame["labels"]:
-        b = label["box2d"]
-        new = {k: (b[k] - (x if k[0] == "x" else y)) * scale for k in ("x1", "y1", "x2", "y2")}
-        new = {k: min(max(v, 0.0), float(size)) for k, v in new.items()}
-        if new["x2"] - new["x1"] > 1 and new["y2"] - new["y1"] > 1:
-            labels.append(dict(label, box2d=new))
-    return dict(frame, labels=labels)
-
-
-def question_of(item):
-    return Question(item["template"], item["first"], item["second"])
-
-
-def as_pixels(images, data):
-    """Normalised (B, 3, S, S) back to (B, S, S, 3) in 0..255, float."""
-    return (images.numpy().transpose(0, 2, 3, 1) * data.std + data.mean) * 255
-
-
-def pictures_shown(batch, data):
-    """Which stored picture each image of an unflipped, unjittered batch is."""
-    patch = np.asarray(data.images[:, 60:64, 60:64], dtype=np.float32).reshape(len(data.images), -1)
-    seen = as_pixels(batch.images, data)[:, 60:64, 60:64].reshape(len(batch.images), -1)
-    distance = np.abs(seen[:, None] - patch[None]).max(-1)
-    assert distance.min(1).max() < 0.01
-    return distance.argmin(1)
-
-
-def rows_of(batch, data, pictures):
-    """Row of the set's commands for each (picture, command) of an unflipped batch: (B, K) list of list of int."""
-    found = []
-    for picture, texts in zip(pictures, batch.tokens.numpy()):
-        own = np.flatnonzero(data.index[:, 0] == picture)
-        known = {tuple(data.tokens[r, :data.index[r, 2]].tolist()): int(r) for r in own}
-        found.append([known[tuple(t[t != 0].tolist())] for t in texts])
-    return found
-
-
-def log_losses(out):
-    """{step: loss} of log.csv."""
-    with open(Path(out) / "log.csv", newline="", encoding="utf-8") as file:
-        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file) if row["loss"]}
-
-
-def interrupt_at(monkeypatch, step):
-    """Ctrl-C while update `step` begins."""
-    scale = train.lr_scale
-
-    def scale_or_stop(now, cfg):
-        if now == step:
-            signal.raise_signal(signal.SIGINT)
-        return scale(now, cfg)
-    monkeypatch.setattr(train, "lr_scale", scale_or_stop)
-
-
-def made_up(root, **changes):
-    """Settings of a run of milliseconds an update: 12 pictures of noise a set, random words, in a folder of their own.
-
-    numpy's generator makes all of it, so that it is the same on every machine, and a pass takes 3 updates.
-    """
-    cfg = small_run(SimpleNamespace(cfg=DEFAULTS), root / "out", data_dir=str(root / "data"), image_size=32,
-                    patch_size=8, **changes)
-    rng, words, k = np.random.default_rng(0), Tokenizer(train.TAGS + ["left", "right", "?"]).words, np.arange(96)
-    folder = Path(cfg.data_dir)
-    folder.mkdir(parents=True)
-    np.save(folder / "images.npy", rng.integers(0, 256, (36, 32, 32, 3), np.uint8))
-    for i, name in enumerate(("train", "val", "test")):
-        prompt, answer = 4 + k % 3, np.where(k % 8 < 4, k % 2, -1)         # of 8 commands, 4 are descriptions
-        index = np.stack([12 * i + k // 8, prompt, prompt + 3 + k % 4, answer], 1)
-        tokens = rng.integers(6, len(words), (96, 12))
-        tokens[k, prompt] = np.where(answer < 0, tokens[k, prompt], np.where(answer, tokenizer.YES, tokenizer.NO))
-        tokens[np.arange(12) >= index[:, 2:3]] = tokenizer.PAD
-        np.save(folder / f"index_{name}.npy", index.astype(np.int32))
-        np.save(folder / f"tokens_{name}.npy", tokens.astype(np.uint16))
-        (folder / f"commands_{name}.jsonl").write_text('{"family": "noise"}\n' * 96, encoding="utf-8")
-    meta = dict(magic=prepare.MAGIC, version=prepare.VERSION, hash=config.data_hash(cfg), mean=[0.5] * 3, std=[0.3] * 3)
-    for name, content in (("vocab.json", words), ("meta.json", meta)):
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    return cfg
-
-
-def last_of(cfg):
-    """What last.pt holds but for the settings, which may differ in out_dir and resume."""
-    state = train.load_checkpoint(Path(cfg.out_dir) / "last.pt")
-    return {k: v for k, v in state.items() if k != "config"}
-
-
-def logged(cfg):
-    """The rows of log.csv without times."""
-    with open(Path(cfg.out_dir) / "log.csv", newline="", encoding="utf-8") as file:
-        return [{k: v for k, v in row.items() if k not in ("ms", "pairs_per_s", "wait_share", "seconds")}
-                for row in csv.DictReader(file)]
-
-
-class Killed(BaseException):
-    """The end of a process, which nothing catches."""
-
-
-def killed(*_):
-    raise Killed
-
-
-def wordings(question, paraphrase, tries=12):
-    return {question.words(random.Random(seed), paraphrase) for seed in range(tries)}
-
-
-BLOCK = {place: box("truck", centre=x, bottom=110) for place, x in (("left", 20), ("ahead", 64), ("right", 108))}
-FAR = {place: dict(BLOCK[place], box2d=dict(BLOCK[place]["box2d"], y2=75, y1=59)) for place in BLOCK}
-CAR_LEFT, BUS_AHEAD = box("car", centre=20), box("bus", bottom=110)
-
-
-def touched(spec, o, size):
-    """Pixels that an object may touch: its box, a generous shadow, the pole of what hangs, and the blur."""
-    x1, y1, x2, y2 = prepare.object_box(spec, o)
-    aside = 0.0 if o["y"] > 0 else 0.7 * (x2 - x1)
-    below = prepare.project(spec, o["x"], 0, o["z"])[1] if o["y"] > 0 else y2 + 0.2 * (x2 - x1) + 0.02
-    mask, grow = np.zeros((size, size), bool), 5
-    left, top, right, low = (int(v * size) for v in (x1 - aside, y1, x2 + aside, below))
-    mask[max(0, top - grow):max(0, low + grow), max(0, left - grow):max(0, right + grow)] = True
-    return mask
-
-
-def bdd_folder(root):
-    """A BDD100K tree as of 2018 with 20 frames for train and 6 for val; returns {name: record}, in the lists' order."""
-    rng, records = random.Random(0), {}
-
-    def label(category, *edges, **attributes):
-        return dict(category=category, box2d=dict(zip(("x1", "y1", "x2", "y2"), edges)), attributes=attributes, id=1)
-    for folder, count in (("train", 20), ("val", 6)):
-        listed, pictures = [], root / "images" / "100k" / folder
-        pictures.mkdir(parents=True)
-        (root / "labels").mkdir(exist_ok=True)
-        for i in range(count):
-            x = rng.choice((20, 140, 250))
-            listed.append(dict(name=f"{folder}{i:02d}.jpg", timestamp=10000, attributes=dict(
-                weather="clear", scene="city street", timeofday="daytime"), labels=[
-                    label(rng.choice(("car", "bus", "person")), x, 60, x + 50, rng.choice((100, 160)))]))
-            Image.new("RGB", (320, 180), (40 + i, 90, 140)).save(pictures / listed[-1]["name"])
-        if folder == "train":
-            lane = dict(category="lane", poly2d=[dict(vertices=[[0, 0], [5, 5]], types="LL", closed=False)], id=2)
-            listed[1]["labels"] = [label("car", 30, 60, 90, 170), dict(category="bus", box2d=None, attributes={}),
-                                   label("truck", 200, 100, 150, 120), label("spaceship", 1, 1, 90, 90), lane,
-                                   label("bike", -20, 90, 60, 400), label("motor", 400, 10, 500, 90),
-                                   label("traffic light", 100, 10, 130, 70, trafficLightColor="G"),
-                                   dict(category="drivable area", poly2d=[[1, 2]], box2d=None)]
-            listed[2]["labels"] = None
-            listed[3]["labels"] = [lane]
-            listed[4]["attributes"]["weather"] = "rainy"
-            listed[5]["attributes"] = dict(weather="undefined", scene="city street", timeofday="daytime")
-            (pictures / listed[6]["name"]).unlink()
-            full = (pictures / listed[7]["name"]).read_bytes()
-            (pictures / listed[7]["name"]).write_bytes(full[:len(full) // 2])
-            (pictures / listed[8]["name"]).write_text("not a picture")
-        (root / "labels" / f"bdd100k_labels_images_{folder}.json").write_text(json.dumps(listed))
-        records.update({r["name"]: r for r in listed})
-    return records
-
-
-def bdd_settings(folder, **changes):
-    """Settings for the tree folder/bdd, data in folder/out."""
-    return config.from_args([], source="bdd100k", bdd_dir=str(folder / "bdd"), data_dir=str(folder / "out"),
-                            **{**dict(workers=1, min_cell=1), **changes})
-
-
-def rejected_in(folder):
-    with open(folder / "rejected.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def frames_in(folder):
-    return [json.loads(line) for line in (folder / "frames.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-RECORDS = [dict(name="a.jpg", labels=[dict(category="car", box2d=dict(x1=1.5, y1=2, x2=3e2, y2=-4))]),
-           dict(name='quote " and ] } , [ { in a name \\', labels=None), dict(name="ünïcode 路", labels=[]), {},
-           dict(name="x" * 50, attributes=dict(deep=[[[1, 2], [3]], dict(a=dict(b=[True, None]))]))]
 
 
 # ---- settings and text ----
