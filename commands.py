@@ -1,10 +1,11 @@
 """Commands, their answers and the reasons for them: every rule of the task in one file.
 
-- View: what counts as seen, where (left, ahead, right) and how near, read off one labelled frame.
-- Truth has three values, FALSE < UNSURE < TRUE. UNSURE is "a fair person could argue": such a command is never used.
-- Question: a template with its objects and place; knows its truth, its words and its reason.
-- choose(): picks commands so that for every question YES and NO are equally frequent, and in every picture too.
-- check_reason(): reads a reason back and tests each claim by the same rules.
+- View: which objects of a labelled frame count as seen, where they are (left, ahead, right), and which are near.
+- Truth has three values, FALSE < UNSURE < TRUE. UNSURE means that fair people could disagree: such a command is never
+  used.
+- Question: a template with its objects and place. It knows its truth, its words and its reason.
+- choose(): picks commands so that YES and NO are equally frequent for every question, and in every picture too.
+- check_reason(): reads a reason back and tests each of its claims by the same rules.
 
     python commands.py                 prints examples of every family with scene and reason
 
@@ -12,7 +13,7 @@ Three-valued logic: S. C. Kleene, Introduction to Metamathematics (1952), sectio
 """
 import random
 import re
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import numpy as np
 
@@ -24,6 +25,7 @@ COLOURS = ("red", "yellow", "green")
 ROAD_USERS = ("car", "truck", "bus", "train", "pedestrian", "rider", "bicycle", "motorcycle")
 HANGING = ("traffic light", "traffic sign")    # nearness shows in their height: their lower edge is in the air
 CATEGORIES = ROAD_USERS + HANGING
+LIGHTS = tuple(f"{colour} light" for colour in COLOURS)
 # Words for a category in commands. The first is the canonical one, used in every reason.
 NOUNS = {
     "car": ("car", "passenger car", "automobile"), "truck": ("truck", "lorry"), "bus": ("bus", "city bus"),
@@ -32,6 +34,9 @@ NOUNS = {
     "traffic light": ("traffic light", "traffic signal", "stoplight"),
     "traffic sign": ("traffic sign", "road sign", "street sign"),
 }
+# Words by which a command can name a category: the last words of its nouns.
+NAMED = {category: {noun.split()[-1] for noun in NOUNS[category]} for category in CATEGORIES}
+NAMED["traffic light"] |= {"signal", "light", "lamp"}
 COLOUR_WORDS = {"red": ("red",), "yellow": ("yellow", "amber"), "green": ("green",)}
 PLACE_WORDS = {
     "left": ("on the left", "to the left", "on the left side", "at the left", "on our left hand"),
@@ -42,19 +47,23 @@ SIDE = {"left": "left", "ahead": "way ahead", "right": "right"}
 
 # ---- the view: what is seen, where, how near ----
 
+# certain: TRUE or UNSURE; place: left, ahead, right, or None near a border; places: all places where it may be;
+# near: a truth; closeness: above 1 is near, and larger is nearer; colour: of a traffic light; label: index in the frame
 Thing = namedtuple("Thing", "category certain place places near closeness colour label")
-# certain: TRUE or UNSURE; place: left/ahead/right, None at a border; places: where it may be; near: truth;
-# closeness: over 1 is near, larger is nearer; label: index of the label in the frame
 
 
-def visible_shares(boxes, categories, size, grid=64):
-    """Share of each box that no nearer box covers, painting far to near on a coarse grid.
+def visible_shares(boxes, categories, size):
+    """Share of each box that no nearer box covers, found by painting the boxes from far to near on a coarse grid.
 
-    boxes: n times (x1, y1, x2, y2) in pixels of a `size` picture. Nearer is who stands lower in the picture; lights
-    and signs hang, so their lower edge says nothing: they count as farthest. Returns n numbers in [0, 1].
+    boxes: (x1, y1, x2, y2) of each object, in pixels of a `size` x `size` picture; categories: of each object.
+    An object that stands lower in the picture is nearer. Lights and signs hang, so their lower edge does not tell:
+    they count as farthest. Returns a list of numbers in [0, 1].
     """
-    owner, cells = np.zeros((grid, grid), np.uint16), []
-    for box in boxes:              # plain numbers: numpy is slower on four of them, and twins ask this a lot
+    grid = 64
+    owner = np.zeros((grid, grid), np.uint16)
+    cells = []
+    for box in boxes:
+        # Plain numbers: numpy is slower on four of them, and making twins calls this often.
         x1, y1, x2, y2 = (min(max(round(float(v) * grid / size), 0), grid) for v in box)
         x1, y1 = min(x1, grid - 1), min(y1, grid - 1)
         cells.append((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
@@ -66,63 +75,103 @@ def visible_shares(boxes, categories, size, grid=64):
     return [n / ((x2 - x1) * (y2 - y1)) for n, (x1, y1, x2, y2) in zip(counts, cells)]
 
 
+def third_of(x):
+    """Index in PLACES of a position across the picture, as a share of its width."""
+    return int(x > 1 / 3) + int(x > 2 / 3)
+
+
+def nearness(category, y1, y2, size, cfg):
+    """(near, closeness) of an object whose box reaches from y1 down to y2, see Thing."""
+    if category in HANGING:
+        measure, line = (y2 - y1) / size, cfg.near_height
+    else:
+        measure, line = y2 / size, cfg.near_line
+    if abs(measure - line) < cfg.near_margin:
+        return UNSURE, measure / line
+    return (TRUE if measure > line else FALSE), measure / line
+
+
+def at_place(thing, place):
+    """Truth of "it is at `place`"; None means anywhere."""
+    if place in (None, thing.place):
+        return TRUE
+    return UNSURE if place in thing.places else FALSE
+
+
+def at_distance(thing, near):
+    """Truth of "it is near" (near=True) or "it is far" (False); None means at any distance."""
+    if near is None:
+        return TRUE
+    return thing.near if near else 2 - thing.near
+
+
 class View:
     """The objects of a frame as the rules see them.
 
     frame: BDD100K record with boxes in pixels of the stored cfg.image_size picture; cfg: settings.
     .objects: list of Thing, nearest first.
+    .light: the one colour of the traffic lights, "none" without any light, None if they disagree or are unreadable.
+    .there: {name: truth of "there is such an object"} of CATEGORIES and LIGHTS.
     """
 
     def __init__(self, frame, cfg):
-        size, self.objects = cfg.image_size, []
-        kept = [(i, lab) for i, lab in enumerate(frame["labels"]) if lab["category"] in CATEGORIES]
-        boxes = [[lab["box2d"][k] for k in ("x1", "y1", "x2", "y2")] for _, lab in kept]
-        shares = visible_shares(boxes, [lab["category"] for _, lab in kept], size)
+        size = cfg.image_size
+        kept = [(i, label) for i, label in enumerate(frame["labels"]) if label["category"] in CATEGORIES]
+        boxes = [[label["box2d"][k] for k in ("x1", "y1", "x2", "y2")] for _, label in kept]
+        shares = visible_shares(boxes, [label["category"] for _, label in kept], size)
+        self.objects = []
         for (index, label), (x1, y1, x2, y2), share in zip(kept, boxes, shares):
             big = min(x2 - x1, y2 - y1) >= cfg.min_pixels
-            centre = (x1 + x2) / 2 / size
-            third = [int(x > 1 / 3) + int(x > 2 / 3) for x in (centre - cfg.place_margin, centre + cfg.place_margin)]
-            places = PLACES[third[0]:third[1] + 1]
-            place = places[0] if len(places) == 1 else None
-            if label["category"] in HANGING:
-                measure, line = (y2 - y1) / size, cfg.near_height
-            else:
-                measure, line = y2 / size, cfg.near_line
-            near = UNSURE if abs(measure - line) < cfg.near_margin else (TRUE if measure > line else FALSE)
-            colour = label.get("attributes", {}).get("trafficLightColor", "none")
             certain = TRUE if big and share >= cfg.min_visible else UNSURE
-            self.objects.append(Thing(label["category"], certain, place, places, near, measure / line, colour, index))
-        self.objects.sort(key=lambda o: -o.closeness)
+            centre = (x1 + x2) / 2 / size
+            # Close to a border between thirds, the object may be in either.
+            places = PLACES[third_of(centre - cfg.place_margin):third_of(centre + cfg.place_margin) + 1]
+            place = places[0] if len(places) == 1 else None
+            near, closeness = nearness(label["category"], y1, y2, size, cfg)
+            colour = label.get("attributes", {}).get("trafficLightColor", "none")
+            self.objects.append(Thing(label["category"], certain, place, places, near, closeness, colour, index))
+        self.objects.sort(key=lambda thing: -thing.closeness)
         self.light = self._light()
+        self.there = {category: self.exists(category) for category in CATEGORIES}
+        self.there.update({f"{colour} light": self.shows(colour) for colour in COLOURS})
 
     def _light(self):
-        """The one colour of the traffic lights; "none" without any light; None when unreadable or in disagreement."""
         lights = [o for o in self.objects if o.category == "traffic light"]
-        colours = {o.colour for o in lights if o.colour in COLOURS}
-        readable = {o.colour for o in lights if o.colour in COLOURS and o.certain == TRUE}
         if not lights:
             return "none"
-        return next(iter(readable)) if len(readable) == 1 and len(colours) == 1 else None
+        # A light without a colour, such as one seen from behind, does not contradict the others.
+        coloured = [o for o in lights if o.colour in COLOURS]
+        colours = {o.colour for o in coloured}
+        readable = any(o.certain == TRUE for o in coloured)
+        return colours.pop() if readable and len(colours) == 1 else None
 
     def shows(self, colour):
         """Truth of "the traffic light is `colour`"."""
-        return UNSURE if self.light is None else (TRUE if self.light == colour else FALSE)
+        if self.light is None:
+            return UNSURE
+        return TRUE if self.light == colour else FALSE
 
     def matching(self, category=None, place=None, near=None):
-        """[(truth, object)] for objects that are or may be of `category` (None: any road user), at `place`, `near`."""
+        """[(truth, Thing)] for objects that are or may be of `category` (None: any road user), at `place`, `near`."""
         found = []
         for o in self.objects:
             if o.category == category or (category is None and o.category in ROAD_USERS):
-                at = TRUE if place in (None, o.place) else UNSURE if place in o.places else FALSE
-                by = TRUE if near is None else (o.near if near else 2 - o.near)
-                truth = min(o.certain, at, by)
+                truth = min(o.certain, at_place(o, place), at_distance(o, near))
                 if truth > FALSE:
                     found.append((truth, o))
         return found
 
+    def certain(self, category=None, place=None, near=None):
+        """[Thing] that certainly match, nearest first; arguments as in matching()."""
+        return [o for truth, o in self.matching(category, place, near) if truth == TRUE]
+
     def exists(self, category=None, place=None, near=None):
-        """Truth of "there is such an object"."""
+        """Truth of "there is such an object"; arguments as in matching()."""
         return max((truth for truth, _ in self.matching(category, place, near)), default=FALSE)
+
+    def seen(self, place=None):
+        """[Thing] of every category that are certainly there, at `place` if one is given, nearest first."""
+        return [o for o in self.objects if o.certain == TRUE and place in (None, o.place)]
 
 
 # ---- words for reasons ----
@@ -134,30 +183,33 @@ def article(noun):
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def noun_of(o):
-    return f"{o.colour} light" if o.category == "traffic light" and o.colour in COLOURS else NOUNS[o.category][0]
+def noun_of(thing):
+    """Its category in words; "red light" and the like for a light whose colour is known."""
+    if thing.category == "traffic light" and thing.colour in COLOURS:
+        return f"{thing.colour} light"
+    return NOUNS[thing.category][0]
 
 
-def whereabouts(o):
-    """ "near on the left", "far ahead", "near", or "in view" when neither place nor distance is certain."""
-    words = [{TRUE: "near", FALSE: "far", UNSURE: ""}[o.near], AT.get(o.place, "")]
-    return " ".join(w for w in words if w) or "in view"
+def whereabouts(thing):
+    """Such as "near on the left", "far ahead" or "near"; "in view" when neither place nor distance is certain."""
+    distance = {TRUE: "near", FALSE: "far", UNSURE: ""}[thing.near]
+    return f"{distance} {AT.get(thing.place, '')}".strip() or "in view"
 
 
 def positive(view, category, place=None, near=None):
-    """The reason that such an object is there: names the nearest that certainly is."""
-    o = next(o for truth, o in view.matching(category, place, near) if truth == TRUE)
-    return f"{article(NOUNS[o.category][0])} is {whereabouts(o)}"
+    """The reason that such an object is there: names the nearest one that certainly is."""
+    nearest = view.certain(category, place, near)[0]
+    return f"{article(NOUNS[category][0])} is {whereabouts(nearest)}"
 
 
 def negative(view, category, place=None, near=None):
-    """The reason that no such object is there; says where one is instead, when one certainly is."""
-    noun = NOUNS[category][0]
-    text = f"no {noun} is " + (" ".join(w for w in ("near" if near else "", AT.get(place, "")) if w) or "in view")
-    if place or near:
-        other = next((o for truth, o in view.matching(category) if truth == TRUE and o.place), None)
-        if other:
-            text += f" , one is {whereabouts(other)}"
+    """The reason that no such object is there; it adds where one is instead, if one certainly is."""
+    distance = "near" if near else ""
+    asked = f"{distance} {AT.get(place, '')}".strip() or "in view"
+    text = f"no {NOUNS[category][0]} is {asked}"
+    others = [o for o in view.certain(category) if o.place]
+    if (place or near) and others:
+        text += f" , one is {whereabouts(others[0])}"
     return text
 
 
@@ -170,16 +222,15 @@ def describe(view, limit, place=None):
 
     "nothing" means nothing that certainly counts, by the same rules.
     """
-    seen = [o for o in view.objects if o.certain == TRUE and place in (None, o.place)][:limit]
-    return " , ".join(f"{article(noun_of(o))} {whereabouts(o)}" for o in seen) or \
-        f"nothing {AT.get(place, 'in view')}"
+    seen = [f"{article(noun_of(o))} {whereabouts(o)}" for o in view.seen(place)[:limit]]
+    return " , ".join(seen) or f"nothing {AT.get(place, 'in view')}"
 
 
 # ---- questions ----
 
+# share: of a picture's questions; paraphrases: the first is canonical, the last is never trained on.
+# {a} "a car", {n} "car", {at} "on the left", {c} "red", {d} "left", {side} "way ahead", {b} and {m} the second object
 Template = namedtuple("Template", "family level share paraphrases")
-# share: of the commands of a picture; paraphrases: the first is canonical, the last is never trained on.
-# {a} "a car", {n} "car", {at} "on the left", {c} "red", {b} and {m} the second object, {side} "way ahead"
 TEMPLATES = {
     "exists": Template("detection", "simple", 0.13, (
         "is there {a} in the scene", "is there {a}", "do you see {a}", "can you see {a} in the picture",
@@ -246,127 +297,190 @@ DESCRIBE = ("describe the scene", "describe what you see", "what is in the scene
             "what can be seen from the car", "explain what happens on the road", "tell me what you see")
 DESCRIBE_AT = ("what is {at}", "what do you see {at}", "tell me what is {at}", "describe what is {at}",
                "which things are {at}", "{at} , what do you see", "list all objects {at}", "what can be seen {at}")
-# Their answers bind every kind of object to its places, whatever the questions leave out: without them, new pairs of
-# object and place cost 10 points more.
+# Without these, questions that pair an object and a place never paired in training lose 10 points more.
 WHERE = ("where is the {n}", "where is {a}", "where do you see {a}", "tell me where {a} is",
          "in which place is the {n}", "where can {a} be seen")
-# Never asked in training. Reasons and descriptions may still mention them: what is held out is the question. Each of
-# their objects is still asked about at two places: with one alone, the word for the place would tell nothing, and
-# training would teach to ignore it. Left without right would come back by a flip.
+DESCRIPTIONS = {"describe": DESCRIBE, "describe_at": DESCRIBE_AT, "where": WHERE}
+# Questions that training never asks, although reasons and descriptions may mention the same things. Each of these
+# objects is still asked about at two places: at one place alone, the word for it would carry no information, and
+# training would teach to ignore it. The held-out place is "ahead", because a flip turns left into right.
 HELD_OUT = {("exists_at", "bus", "ahead"), ("exists_at", "motorcycle", "ahead"), ("and", "truck", "pedestrian"),
             ("or", "bus", "bicycle"), ("and_no", "car", "red light")}
 PAIRED = ("car", "truck", "bus", "pedestrian", "bicycle", "motorcycle", "rider", "traffic sign")
-LIGHTS = tuple(f"{colour} light" for colour in COLOURS)
 
 
 class Question(namedtuple("Question", "template first second")):
-    """One balance cell: template x object x place, for example ("exists_at", "car", "left").
+    """One question without its wording, for example ("exists_at", "car", "left"); it is balanced on its own.
 
-    first: category, colour ("light"), side ("turn", "change", "clear") or ""; second: place or second object.
+    template            first                                       second
+    exists, near        category
+    exists_at           category                                    place
+    light               colour
+    straight, stop
+    turn, change        place: left or right
+    clear               place: left, ahead or right
+    and, and_no, or     category                                    category or "red light" (yellow, green)
+    describe            (these last three have no truth)
+    describe_at         place
+    where               category
     """
 
     @property
     def family(self):
-        if TEMPLATES[self.template].family:
-            return TEMPLATES[self.template].family
-        return "state" if self.second in LIGHTS else "detection"
+        if self.template in DESCRIPTIONS:
+            return "describe"
+        if self.other:
+            return "state" if self.other in LIGHTS else "detection"
+        return TEMPLATES[self.template].family
 
     @property
     def level(self):
-        return TEMPLATES[self.template].level
+        return TEMPLATES[self.template].level if self.template in TEMPLATES else "describe"
+
+    @property
+    def category(self):
+        """The first object, or ""."""
+        return self.first if self.first in CATEGORIES else ""
+
+    @property
+    def colour(self):
+        return self.first if self.first in COLOURS else ""
+
+    @property
+    def side(self):
+        """The place to turn to, to change to, or to be clear; "" for other templates."""
+        return self.first if self.first in PLACES else ""
+
+    @property
+    def other(self):
+        """The second object, a category or one of LIGHTS, or ""."""
+        return "" if self.second in PLACES else self.second
 
     @property
     def place(self):
-        """left, ahead, right or "" """
-        named = self.first if self.template in ("turn", "change", "clear") else self.second
-        return named if named in PLACES else ""
+        """left, ahead, right or ""."""
+        return self.second if self.second in PLACES else self.side
 
     @property
     def objects(self):
         """Categories that the command names."""
-        names = ["traffic light" if x in LIGHTS else x for x in (self.first, self.second)]
-        return ("traffic light",) if self.template == "light" else tuple(n for n in names if n in CATEGORIES)
+        if self.template == "light":
+            return ("traffic light",)
+        other = "traffic light" if self.other in LIGHTS else self.other
+        return tuple(name for name in (self.category, other) if name)
 
     @property
     def held_out(self):
         return tuple(self) in HELD_OUT
 
+    def asked(self):
+        """Category, place and nearness of the first object, as the keyword arguments of View.matching."""
+        near = True if self.template == "near" else None
+        return dict(category=self.category, place=self.place or None, near=near)
+
     def truth(self, view):
         """FALSE, UNSURE or TRUE, from the rules of the template."""
-        template, first, second = self
-        if template in ("exists", "near"):
-            return view.exists(first, near=True if template == "near" else None)
-        if template == "exists_at":
-            return view.exists(first, second)
-        if template == "light":
-            return view.shows(first)
-        if template in ("and", "and_no", "or"):
-            a, b = _thing(view, first), _thing(view, second)
-            return min(a, b) if template == "and" else max(a, b) if template == "or" else min(a, 2 - b)
+        if self.template == "light":
+            return view.shows(self.colour)
+        if self.other:
+            a = view.there[self.category]
+            b = view.there[self.other]
+            if self.template == "and":
+                return min(a, b)
+            if self.template == "or":
+                return max(a, b)
+            return min(a, 2 - b)
+        if self.category:
+            return view.exists(**self.asked())
         blocked = max(view.exists(None, place, near=True) for place in self.ways())
-        if template in ("straight", "turn", "stop"):
+        if self.obeys_light():
             blocked = max(blocked, view.shows("red"), view.shows("yellow"))
-        return blocked if template == "stop" else 2 - blocked
+        return blocked if self.template == "stop" else 2 - blocked
+
+    def obeys_light(self):
+        """Whether a red or yellow light forbids what is asked."""
+        return self.template in ("straight", "turn", "stop")
 
     def ways(self):
         """The places that must be free of near road users."""
-        return {"straight": ("ahead",), "stop": ("ahead",), "turn": ("ahead", self.first)}.get(
-            self.template, (self.first,))
+        if self.template in ("straight", "stop"):
+            return ("ahead",)
+        if self.template == "turn":
+            # A turn begins by driving ahead.
+            return ("ahead", self.side)
+        return (self.side,)
+
+    def evidence(self, view):
+        """[Thing] that make the answer YES: the objects asked about that are certainly there, lights of any colour."""
+        names = self.objects[:1] if self.template == "and_no" else self.objects
+        asked = self.asked()
+        return [o for name in names for o in view.certain(name, asked["place"], asked["near"])]
 
     def reason(self, view):
         """Short true reason for the (certain) answer, made from the rule that gave it."""
-        template, first, second = self
         yes = self.truth(view) == TRUE
-        if template in ("exists", "near", "exists_at"):
-            asked = dict(place=second or None, near=True if template == "near" else None)
-            return positive(view, first, **asked) if yes else negative(view, first, **asked)
-        if template == "light":
+        if self.template == "light":
             return light_words(view)
-        if template in ("and", "and_no", "or"):
-            if yes != (template == "or"):   # both parts matter; else one part alone decides
-                return _claim(view, first) + " and " + _claim(view, second)
-            decides = TRUE if template == "or" else FALSE
-            return _claim(view, first if _thing(view, first) == decides else second)
+        if self.other:
+            return self._reason_of_two(view, yes)
+        if self.category:
+            return (positive if yes else negative)(view, **self.asked())
+        # Only "stop" is answered YES when something blocks the way.
+        return self._reason_of_way(view, blocked=yes == (self.template == "stop"))
+
+    def _reason_of_two(self, view, yes):
+        both_matter = yes != (self.template == "or")
+        if both_matter:
+            return claim(view, self.category) + " and " + claim(view, self.other)
+        decisive = TRUE if self.template == "or" else FALSE
+        first_decides = view.there[self.category] == decisive
+        return claim(view, self.category if first_decides else self.other)
+
+    def _reason_of_way(self, view, blocked):
         causes = []
-        if template in ("straight", "turn", "stop") and view.light in COLOURS:
+        # A green light speaks for a free way only, every other colour for a blocked one.
+        if self.obeys_light() and view.light in COLOURS and blocked == (view.light != "green"):
             causes.append(light_words(view))
-        blockers = [f"{article(NOUNS[o.category][0])} is near {AT[o.place]}" for place in self.ways()
-                    for truth, o in view.matching(None, place, near=True) if truth == TRUE]
-        if (template == "stop") == yes:     # something is in the way
-            return " and ".join([c for c in causes if "green" not in c] + blockers[:1])
-        return " and ".join(causes + ["nothing is near " + " or ".join(AT[place] for place in self.ways())])
+        if not blocked:
+            return " and ".join(causes + ["nothing is near " + " or ".join(AT[place] for place in self.ways())])
+        blockers = [o for place in self.ways() for o in view.certain(None, place, near=True)]
+        causes += [f"{article(NOUNS[o.category][0])} is near {AT[o.place]}" for o in blockers[:1]]
+        return " and ".join(causes)
 
     def words(self, rng, paraphrase=None):
-        """The command in words; `paraphrase` an index into the template's, drawn from the trained ones by default."""
+        """The command in words; `paraphrase`: index into the template's, by default drawn from the trained ones."""
         forms = TEMPLATES[self.template].paraphrases
         form = forms[rng.randrange(len(forms) - 1) if paraphrase is None else paraphrase]
-        fill = {"c": rng.choice(COLOUR_WORDS.get(self.first, ("",))), "d": self.first, "side": SIDE.get(self.first, "")}
+        fill = dict(d=self.side, side=SIDE.get(self.side, ""))
+        fill["c"] = rng.choice(COLOUR_WORDS.get(self.colour, ("",)))
         fill["at"] = rng.choice(PLACE_WORDS.get(self.second, ("",)))
-        for name, a, n in ((self.first, "a", "n"), (self.second, "b", "m")):
-            if name in NOUNS or name in LIGHTS:
-                fill[n] = rng.choice(NOUNS[name]) if name in NOUNS else name
-                fill[a] = article(fill[n])
+        for name, with_article, bare in ((self.category, "a", "n"), (self.other, "b", "m")):
+            if name:
+                fill[bare] = rng.choice(NOUNS[name]) if name in NOUNS else name
+                fill[with_article] = article(fill[bare])
         return form.format(**fill)
 
 
-def _thing(view, name):
-    return view.shows(name.split()[0]) if name in LIGHTS else view.exists(name)
-
-
-def _claim(view, name):
-    """What is true about `name`, which must be certain."""
+def claim(view, name):
+    """What is true about `name`, a category or one of LIGHTS, in words. It must be certain."""
     if name in LIGHTS:
         return light_words(view)
-    return positive(view, name) if view.exists(name) == TRUE else negative(view, name)
+    return positive(view, name) if view.there[name] == TRUE else negative(view, name)
+
+
+def question_of(item):
+    """The Question of a stored command."""
+    return Question(item["template"], item["first"], item["second"])
 
 
 def all_questions():
-    """Every balance cell, in a fixed order."""
+    """Every question, in a fixed order."""
     cells = [Question("exists", c, "") for c in CATEGORIES] + [Question("near", c, "") for c in ROAD_USERS]
     cells += [Question("exists_at", c, place) for c in CATEGORIES for place in PLACES]
     cells += [Question("light", c, "") for c in COLOURS] + [Question("straight", "", ""), Question("stop", "", "")]
     cells += [Question(t, side, "") for t in ("turn", "change") for side in ("left", "right")]
     cells += [Question("clear", place, "") for place in PLACES]
+    # "a and b" is "b and a", so one order is enough, but "a and no b" needs both.
     for i, a in enumerate(PAIRED):
         for b in PAIRED[i + 1:] + LIGHTS:
             cells += [Question("and", a, b), Question("or", a, b), Question("and_no", a, b)]
@@ -384,155 +498,179 @@ def truths(view):
 
 def vocabulary():
     """Every word that a command, a reason or a description can hold, sorted."""
-    texts = [form for t in TEMPLATES.values() for form in t.paraphrases] + list(DESCRIBE + DESCRIBE_AT + WHERE)
-    for group in (NOUNS, COLOUR_WORDS, PLACE_WORDS):
-        texts += [word for words in group.values() for word in words]
-    texts += list(SIDE.values()) + list(COLOURS) + list(PLACES)
-    texts += ["a an no one is and or , : ? near far on the left right ahead in view nothing light the"]
+    texts = [form for template in TEMPLATES.values() for form in template.paraphrases]
+    for group in (DESCRIPTIONS, NOUNS, COLOUR_WORDS, PLACE_WORDS):
+        texts += [text for forms in group.values() for text in forms]
+    texts += [*SIDE.values(), "a an no one is and or , : ? near far on the left right ahead in view nothing light the"]
     return sorted({word for text in texts for word in re.sub(r"\{\w+\}", " ", text).split()})
 
 
 # ---- reading a reason back ----
 
-_NOUN = "|".join(sorted({NOUNS[c][0] for c in CATEGORIES} | set(LIGHTS), key=len, reverse=True))
-_WHERE = r"(?: (near|far))?(?: (on the left|ahead|on the right|in view))?"
-_CLAUSE = re.compile(rf"(?:an?|(no)) ({_NOUN}|light)(?: is)?{_WHERE}|(one) is{_WHERE}")
-_AT = r"(?:on the left|ahead|on the right)"
-_NOTHING = re.compile(rf"nothing(?: is)? (?:in view|({_AT})|near ({_AT}(?: or {_AT})*))")
-_LIGHT = re.compile(r"the light is (red|yellow|green)")
-_CATEGORY = {NOUNS[c][0]: c for c in CATEGORIES}
-_PLACE = {AT[p]: p for p in PLACES}
+_CATEGORY = {NOUNS[category][0]: category for category in CATEGORIES}
+_PLACE = {AT[place]: place for place in PLACES}
+_NOUN = "|".join([*_CATEGORY, *LIGHTS])
+_AT = "|".join(_PLACE)
+# One clause: the colour of the light, or that nothing is there or near, or that an object is there or is not.
+_CLAUSE = re.compile("|".join((
+    "the light is (?P<colour>red|yellow|green)",
+    f"nothing(?: is)? (?:in view|(?P<empty>{_AT})|near (?P<free>(?:{_AT})(?: or (?:{_AT}))*))",
+    f"(?:(?:an?|(?P<no>no)) (?P<noun>{_NOUN}|light)(?: is)?|one is)(?: (?P<near>near|far))?(?: (?P<at>{_AT}|in view))?",
+)))
 
 
 def check_reason(reason, view):
-    """Truth of a reason or description by the rules: its worst clause. None if it is not in the grammar.
+    """Truth of a reason or a description by the rules: that of its worst clause. None if it is not in the grammar.
 
-    Used on what the model generates as much as on what this file writes.
+    It judges what the model generates as well as what this file writes.
     """
-    worst, subject = TRUE, None
-    for clause in re.split(r" and | , ", reason):
-        light, nothing, claim = _LIGHT.fullmatch(clause), _NOTHING.fullmatch(clause), _CLAUSE.fullmatch(clause)
-        if light:
-            truth = view.shows(light.group(1))
-        elif nothing:
-            place, places = nothing.groups()
-            if places:
-                truth = min(2 - view.exists(None, _PLACE[p], near=True) for p in places.split(" or "))
-            else:
-                there = [o for o in view.objects if o.certain == TRUE and place in (None, AT.get(o.place))]
-                truth = FALSE if there else TRUE
-        elif claim:
-            no, noun, near, where, one, near_one, where_one = claim.groups()
-            if one and subject is None:
-                return None
-            subject = subject if one else noun
-            near, where = (near_one, where_one) if one else (near, where)
-            near, place = {"near": True, "far": False}.get(near), _PLACE.get(where)
-            if subject in ("light", *LIGHTS):
-                colours = COLOURS + ("none",) if subject == "light" else (subject.split()[0],)
-                truth = max((t for t, o in view.matching("traffic light", place, near) if o.colour in colours),
-                            default=FALSE)
-            else:
-                truth = view.exists(_CATEGORY[subject], place, near)
-            truth = 2 - truth if no else truth
-        else:
+    worst, noun = TRUE, None
+    for clause in re.split(" and | , ", reason):
+        parts = _CLAUSE.fullmatch(clause)
+        if parts is None:
             return None
-        worst = min(worst, truth)
+        # "one" stands for the object of the clause before: "no car is ahead , one is on the left".
+        noun = parts["noun"] or noun
+        if noun is None and clause.startswith("one"):
+            return None
+        worst = min(worst, _truth_of_clause(parts, noun, view))
     return worst
+
+
+def _truth_of_clause(parts, noun, view):
+    """parts: match of _CLAUSE; noun: the one that the clause names, or that "one" stands for."""
+    if parts["colour"]:
+        return view.shows(parts["colour"])
+    if parts["free"]:
+        return min(2 - view.exists(None, _PLACE[at], near=True) for at in parts["free"].split(" or "))
+    if parts[0].startswith("nothing"):
+        return FALSE if view.seen(_PLACE.get(parts["empty"])) else TRUE
+    near = {"near": True, "far": False}.get(parts["near"])
+    place = _PLACE.get(parts["at"])
+    found = view.matching(_CATEGORY.get(noun, "traffic light"), place, near)
+    if noun in LIGHTS:
+        found = [(truth, o) for truth, o in found if noun_of(o) == noun]
+    there = max((truth for truth, _ in found), default=FALSE)
+    return 2 - there if parts["no"] else there
 
 
 # ---- choosing commands ----
 
+
+def template_shares(table):
+    """{index of a question: its share of all commands}: a template's share is divided among its questions.
+
+    table: (pictures, questions) truths. Held-out questions are excluded, and those that have one answer alone.
+    """
+    both = (table == TRUE).any(0) & (table == FALSE).any(0)
+    templates = {q: question.template for q, question in enumerate(QUESTIONS) if both[q] and not question.held_out}
+    number = Counter(templates.values())
+    return {q: TEMPLATES[template].share / number[template] for q, template in templates.items()}
+
+
 def choose(table, cfg, rng, shares=None):
     """Pick (picture, question) pairs so that answers give nothing away.
 
-    table: (pictures, questions) int8 truths of one split; cfg.commands_stored pairs a picture at most, half of them
-    YES; rng: numpy Generator. shares: {question index: share of all commands}, by default from TEMPLATES, held-out
-    questions excluded. For every question the same number of YES and NO is taken, so the question alone tells
-    nothing; among possible pictures those with too few commands of that answer come first, so that pictures end up
-    half YES too and the picture alone tells nothing. Returns (pictures, questions) index arrays.
+    table: (pictures, questions) int8 truths of one split. At most cfg.commands_stored pairs are picked for a picture,
+    half of them YES. rng: numpy Generator. shares: {index of a question: its share of all commands}, by default
+    template_shares(table). Returns (pictures, questions) index arrays.
+
+    For every question as many YES as NO are taken, so that the question alone tells nothing. Pictures that have too
+    few commands of an answer come first for it, so that pictures end up half YES and the picture alone tells nothing.
     """
     pictures, half = len(table), cfg.commands_stored // 2
-    if shares is None:
-        cells = [q for q, question in enumerate(QUESTIONS) if not question.held_out]
-        number = {t: sum(QUESTIONS[q].template == t for q in cells if _possible(table[:, q])) for t in TEMPLATES}
-        shares = {q: TEMPLATES[QUESTIONS[q].template].share / max(number[QUESTIONS[q].template], 1) for q in cells}
+    shares = template_shares(table) if shares is None else shares
     load = {FALSE: np.zeros(pictures, int), TRUE: np.zeros(pictures, int)}
-    picked = []
+    picked = [np.zeros((0, 2), int)]
+    # The rarest questions choose first, while all pictures still have room.
     order = sorted(shares, key=lambda q: min((table[:, q] == TRUE).sum(), (table[:, q] == FALSE).sum()))
     for q in order:
-        rows = {a: np.flatnonzero((table[:, q] == a) & (load[a] < half)) for a in (FALSE, TRUE)}
-        n = min(len(rows[FALSE]), len(rows[TRUE]), int(np.ceil(shares[q] * cfg.commands_stored * pictures / 2)))
+        rows = {answer: np.flatnonzero((table[:, q] == answer) & (load[answer] < half)) for answer in (FALSE, TRUE)}
+        wanted = int(np.ceil(shares[q] * cfg.commands_stored * pictures / 2))
+        n = min(len(rows[FALSE]), len(rows[TRUE]), wanted)
         if n < cfg.min_cell:
             continue
         for answer in (TRUE, FALSE):
-            surplus = load[answer][rows[answer]] - load[2 - answer][rows[answer]]
-            first = np.lexsort((rng.random(len(surplus)), load[answer][rows[answer]], surplus))[:n]
+            own = load[answer][rows[answer]]
+            surplus = own - load[2 - answer][rows[answer]]
+            # By surplus, then by load, then at random.
+            first = np.lexsort((rng.random(len(own)), own, surplus))[:n]
             chosen = rows[answer][first]
             load[answer][chosen] += 1
             picked.append(np.stack([chosen, np.full(n, q)], 1))
-    pairs = np.concatenate(picked) if picked else np.zeros((0, 2), int)
+    pairs = np.concatenate(picked)
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     return pairs[:, 0], pairs[:, 1]
 
 
-def _possible(column):
-    return (column == TRUE).any() and (column == FALSE).any()
+# ---- finished commands ----
 
 
-def balance(items):
-    """{(template, first, second): (YES, NO)} counted on finished items (dicts with these keys and `answer`)."""
-    counts = {}
-    for item in items:
-        if item["answer"] is not None:
-            key = (item["template"], item["first"], item["second"])
-            yes, no = counts.get(key, (0, 0))
-            counts[key] = (yes + item["answer"], no + (not item["answer"]))
-    return counts
+def make(picture, question, command, answer, reason):
+    """A finished command as a plain dict. picture: its index; command: in words; answer: True, False or None."""
+    return dict(picture=int(picture), **question._asdict(), family=question.family, level=question.level,
+                place=question.place, command=command, answer=answer, reason=reason)
 
 
 def make_item(picture, question, view, rng, paraphrase=None):
-    """One finished command as a plain dict."""
-    return dict(picture=int(picture), template=question.template, first=question.first, second=question.second,
-                family=question.family, level=question.level, place=question.place,
-                command=question.words(rng, paraphrase), answer=question.truth(view) == TRUE,
-                reason=question.reason(view))
+    """A question as a finished command, in words drawn with `rng`; paraphrase: as for Question.words."""
+    words = question.words(rng, paraphrase)
+    return make(picture, question, words, question.truth(view) == TRUE, question.reason(view))
 
 
 def describe_item(picture, view, rng, cfg, place=""):
     """"describe the scene", or what is at `place`, as a finished command; it has no verdict."""
-    form = rng.choice((DESCRIBE_AT if place else DESCRIBE)[:-1])
-    return dict(picture=int(picture), template="describe_at" if place else "describe", first=place, second="",
-                family="describe", level="describe", place=place,
-                command=form.format(at=rng.choice(PLACE_WORDS.get(place, ("",)))), answer=None,
-                reason=describe(view, cfg.max_describe, place or None))
+    template = "describe_at" if place else "describe"
+    form = rng.choice(DESCRIPTIONS[template][:-1])
+    command = form.format(at=rng.choice(PLACE_WORDS.get(place, ("",))))
+    return make(picture, Question(template, place, ""), command, None, describe(view, cfg.max_describe, place or None))
 
 
 def where_items(picture, view, rng):
-    """"where is the bus", for up to two kinds that are certainly there and one of any; without a verdict either."""
-    there = [c for c in CATEGORIES if view.exists(c) == TRUE]
+    """"where is the bus" for up to two categories that are certainly there and one drawn from all; without a verdict.
+
+    A category that is neither certainly there nor certainly absent is dropped.
+    """
+    there = [category for category in CATEGORIES if view.there[category] == TRUE]
     items = []
     for category in dict.fromkeys(rng.sample(there, min(2, len(there))) + rng.sample(CATEGORIES, 1)):
-        truth, noun = view.exists(category), rng.choice(NOUNS[category])
-        if truth != UNSURE:
-            items.append(dict(picture=int(picture), template="where", first=category, second="", family="describe",
-                              level="describe", place="", answer=None,
-                              command=rng.choice(WHERE[:-1]).format(n=noun, a=article(noun)),
-                              reason=(positive if truth == TRUE else negative)(view, category)))
+        noun = rng.choice(NOUNS[category])
+        if view.there[category] != UNSURE:
+            command = rng.choice(WHERE[:-1]).format(n=noun, a=article(noun))
+            items.append(make(picture, Question("where", category, ""), command, None, claim(view, category)))
     return items
 
 
+# ---- demonstration ----
+
+
+def random_frame(rng, size):
+    """A frame with up to six boxes thrown at random: enough to show the rules, without a picture."""
+    labels = []
+    for _ in range(rng.randint(0, 6)):
+        x = rng.uniform(0, 0.8) * size
+        y = rng.uniform(0.3, 0.8) * size
+        edges = dict(x1=x, y1=y, x2=x + 0.15 * size, y2=y + 0.15 * size)
+        colour = dict(trafficLightColor=rng.choice(COLOURS))
+        labels.append(dict(category=rng.choice(CATEGORIES), attributes=colour, box2d=edges))
+    return dict(labels=labels)
+
+
 def main(cfg):
-    from prepare import sample_scene, scene_frame   # prepare.py builds on this file; only the demonstration looks back
-    rng, shown = random.Random(cfg.seed), {}
-    for name in range(60):
-        view = View(scene_frame(sample_scene(f"example-{name}", cfg), cfg), cfg)
-        for question in rng.sample(QUESTIONS, len(QUESTIONS)):
-            if question.truth(view) != UNSURE and shown.setdefault((question.template, question.truth(view)), 0) < 1:
-                shown[question.template, question.truth(view)] += 1
-                item = make_item(name, question, view, rng)
-                print(f"scene:   {describe(view, 9)}\n{item['family']:>10} / {item['template']}: {item['command']}?\n"
-                      f"{'':>10}   [{'YES' if item['answer'] else 'NO'}] {item['reason']}\n")
+    rng = random.Random(cfg.seed)
+    shown = set()
+    for _ in range(5000):
+        view = View(random_frame(rng, cfg.image_size), cfg)
+        question = rng.choice(QUESTIONS)
+        kind = (question.template, question.truth(view))
+        if kind[1] != UNSURE and kind not in shown:
+            shown.add(kind)
+            item = make_item(0, question, view, rng)
+            verdict = "YES" if item["answer"] else "NO"
+            text = (f"scene: {describe(view, 9)}\n"
+                    f"  {item['family']:<12}{item['template']:<11}{item['command']}?\n"
+                    f"{'':<25}[{verdict}] {item['reason']}\n")
+            print(re.sub(" ([,:])", r"\1", text))
     print(f"vocabulary: {len(vocabulary())} words and 6 special tokens; {len(QUESTIONS)} questions")
 
 

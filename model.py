@@ -5,9 +5,9 @@
 - Decoder: RMSNorm, causal self-attention with rotary positions, cross-attention to the patches, gated FFN, logits tied
   to the embedding. Without cross-attention it computes what Gemma computes (a test compares the two).
 - One Attention class for all three attentions: grouped queries, a by-hand path that returns its weights, a fast path.
-- A picture is encoded once for all its commands; so are its keys and values in cross-attention.
-- No work on padding: all that is done token by token sees real tokens only, attention alone gets padded rows.
-- Generation, greedy or by beams, with one KV-cache for the text (it grows) and one for the picture (it does not).
+- One row a picture: all commands about a picture stand one after another in one row of tokens, told apart by `segment`.
+  So the picture, and its keys and values in cross-attention, are computed once for all of them.
+- Generation, greedy or by beams: a row for each prompt, with a KV-cache that grows for the text.
 
     python model.py                    architecture, parameters, memory, speed
     python model.py --preset=base --device=cuda
@@ -16,13 +16,14 @@ References: Transformer arXiv:1706.03762, ViT 2010.11929, SigLIP 2303.15343, Gem
 RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245, GLU variants 2002.05202, early convolutions 2106.14881, LoRA
 2106.09685.
 
-Shapes: B images, K commands for each, N = B*K rows of text, T text tokens, M real tokens in all rows, S keys,
-P patches, D width, V words; H query heads of d dimensions, G key/value heads, R = H/G query heads that share one.
+Shapes: B pictures and their rows, L tokens of a row, S keys, P patches, D width, V words, n commands in all rows;
+H query heads of d dimensions, G key/value heads, R = H/G query heads that share one.
 """
-import ctypes
+import contextlib
 import json
 import math
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,10 +32,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
-from tokenizer import PAD
+from tokenizer import EOS, NO, PAD, YES, pad
 
 
-# ---- norm, positions, masks ----
+# ---- norm and positions ----
+
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight) over the last dimension, as Gemma writes it: a weight of 0 changes nothing."""
 
@@ -44,133 +46,148 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        # In float32 also under autocast: bfloat16 keeps fewer than three digits.
         return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight, self.eps)
 
 
 def rope_tables(positions, head_dim, theta):
-    """cos and sin of the rotary angles position * theta^(-2i/d): two (positions, d) tables (RoFormer, eq. 15).
-
-    Dimension i is rotated with i + d/2 (split halves, as HF), where the paper pairs 2i with 2i + 1. Either is sound:
-    weights learned from scratch know no order of dimensions, and q.k depends on the difference of positions only.
-    The minus sign of the rotation's first half is kept in the sin table.
-    """
+    """cos and sin of the rotary angles position * theta^(-2i/d): two (positions, d) tables (RoFormer, eq. 15)."""
+    # Slow and fast rotations, as the hands of a clock: fast ones tell neighbours apart, slow ones tell far from near.
     frequency = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     angle = torch.arange(positions).float()[:, None] * frequency    # (positions, d/2)
+    # Dimension i is rotated with i + d/2 (split halves, as HF), where the paper pairs 2i with 2i + 1. Either is sound:
+    # weights learned from scratch know no order of dimensions. The rotation's minus sign is kept in the sin table.
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
 def rotate(x, rope):
-    """Rotate x (M, heads, d) by the (cos, sin) of its tokens' positions, each (M, 1, d)."""
-    cos, sin = (table.to(x.dtype) for table in rope)
+    """Rotate x (B, L, heads, d) by the (cos, sin) of its tokens' positions, each (B, L, 1, d)."""
+    # After rotating q by its position and k by its own, q.k depends on the difference of the two positions only.
+    cos, sin = rope
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((second, first), -1) * sin
+    return x * cos.to(x.dtype) + torch.cat((second, first), -1) * sin.to(x.dtype)
 
 
-def self_mask(real, queries):
-    """What text may look at, as numbers to add to the scores: 0 where it may, -inf where not.
+# ---- rows: all commands about a picture, one after another ----
 
-    real (N, S) is True for words and False for [PAD]; the queries are the last `queries` of the S tokens (all of them,
-    or the newest when the rest is in the cache). Returns (N, 1, queries, S), the 1 for all heads.
+def as_rows(prompts, length=None):
+    """B lists of commands, each a list of ids, as rows: tokens and segment, int64 (B, L), with [PAD] and 0 at the end.
 
-        left  . a b c         right  a b c .         newest, the rest in the cache  . a b c
-            . x - - -              a x - - -                                      c - x x x
-            a - x - -              b x x - -
-            b - x x -              c x x x -
-            c - x x x              . x x x x
+    length: L; without it, the longest row decides. Two pictures, the first with the commands a b c and d e, the
+    second with f g:
 
-    A [PAD] query always sees itself, for a row without any key would be 0/0 = NaN. Nobody reads what it computes.
-    Cross-attention has no mask: all patches are there before the first word, so every word sees all of them.
+        tokens   a b c d e .     f g . . . .
+        segment  1 1 1 2 2 0     1 1 0 0 0 0
     """
-    keys = real.shape[1]
-    key = torch.arange(keys, device=real.device)
-    query = key[keys - queries:, None]                                            # (T, 1)
-    seen = (key <= query) & real[:, None, :] | (key == query)                     # (N, T, S)
-    return torch.zeros(seen.shape, device=real.device).masked_fill(~seen, float("-inf"))[:, None]
+    tokens = [list(chain(*commands)) for commands in prompts]
+    segment = [[number for number, ids in enumerate(commands, 1) for _ in ids] for commands in prompts]
+    if length is None:
+        # Few different lengths: a CPU prepares each matrix product anew for a size that it has not seen yet.
+        length = -(-max(map(len, tokens)) // 8) * 8
+    return torch.tensor(pad(tokens, length)), torch.tensor(pad(segment, length))
 
 
-class Packing:
-    """Places of M real tokens in a rectangle of padded rows, to go from the one to the other and back.
+def row_mask(segment, queries=None):
+    """What words may look at, as numbers to add to the scores: 0 where they may, -inf where they may not.
 
-        a b c .    unpad ->
-        d . . .               a b c d e f       rows 3, length 4, index 0 1 2 4 8 9
-        e f . .    <- pad
+    A word sees itself and the words before it in its own command. segment (B, S); queries: how many words ask, the
+    last ones (all by default; with a cache, the newest). Returns (B, 1, queries, S), the 1 for all heads.
 
-    Texts differ in length, so half of a batch can be padding. Norms, FFNs and projections treat each token alone: they
-    take the packed tokens; only the scores of attention need the rectangle. A third of the decoder's time is saved.
+        segment  1 1 1 2 2 0          a b c d e .
+                                    a x
+                                    b x x
+                                    c x x x
+                                    d       x
+                                    e       x x
+                                    .           x
     """
+    # Cross-attention needs no mask: all patches are there before the first word, so every word may see all of them.
+    place = torch.arange(segment.shape[1], device=segment.device)
+    first = segment.shape[1] - (queries or segment.shape[1])
+    # Padding sees padding, because a row without any key would be 0/0 = NaN. Nobody reads what it computes.
+    same = segment[:, first:, None] == segment[:, None, :]                        # (B, queries, S)
+    seen = same & (place <= place[first:, None])
+    return torch.zeros(seen.shape, device=segment.device).masked_fill(~seen, float("-inf"))[:, None]
 
-    def __init__(self, index, rows, length):
-        self.index, self.rows, self.length = index, rows, length
 
-    def pad(self, x):
-        """(M, ...) to (rows, length, ...), 0 where no token is."""
-        full = x.new_zeros(self.rows * self.length, *x.shape[1:])
-        return full.index_copy(0, self.index, x).unflatten(0, (self.rows, self.length))
+def positions(segment):
+    """Position of each word in its own command, counted from 0, and 0 for padding: (B, L)."""
+    place = torch.arange(segment.shape[1], device=segment.device)
+    begins = torch.ones_like(segment, dtype=torch.bool)
+    begins[:, 1:] = segment[:, 1:] != segment[:, :-1]
+    start = torch.where(begins, place, 0).cummax(1).values                        # of the command that a word is in
+    return (place - start) * (segment > 0)
 
-    def unpad(self, x):
-        """(rows, length, ...) to (M, ...)."""
-        return x.flatten(0, 1).index_select(0, self.index)
+
+def ends(segment):
+    """Which words are the last of their command: bool (B, L)."""
+    # 0 after the end of the row, so that the last word of a full row ends its command too.
+    following = F.pad(segment[:, 1:], (0, 1))
+    return (segment > 0) & (segment != following)
 
 
 # ---- attention and FFN ----
+
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v with grouped queries: H query heads share G key/value heads (GQA, arXiv:2305.13245).
 
         MHA  G = H   Q1 Q2 Q3 Q4     GQA  G = 2   Q1 Q2 Q3 Q4     MQA  G = 1   Q1 Q2 Q3 Q4
                      K1 K2 K3 K4                   \\_K1  \\_K2                    \\___K1___/
 
-    The textbook repeats keys, [K1, K2] -> [K1, K1, K1, K1, K2, K2, K2, K2] for 8 heads. Here the R heads that share K1
-    queue up behind it as R times as many queries instead: the same products, and no key is copied.
-
     Head h stands at [h*d, (h+1)*d] of the input of `out`: whoever removes a head does it there, since `out` mixes them.
     """
 
     def __init__(self, dim, heads, kv_heads, head_dim, bias, dropout=0.0, path="auto"):
         super().__init__()
-        self.kv_heads, self.head_dim, self.dropout, self.path = kv_heads, head_dim, dropout, path
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
         self.shared = heads // kv_heads
+        self.dropout = dropout
+        self.path = path
         self.q = nn.Linear(dim, heads * head_dim, bias=bias)
         self.kv = nn.Linear(dim, 2 * kv_heads * head_dim, bias=bias)
         self.out = nn.Linear(heads * head_dim, dim, bias=bias)
 
-    def keys_values(self, source, rope=None, packing=None):
-        """Keys and values of source (N, S, D), or packed (M, D), each (N, G, S, d), to be used and kept."""
-        kv = self.kv(source).unflatten(-1, (2 * self.kv_heads, self.head_dim))              # (N, S, 2G, d)
+    def keys_values(self, source, rope=None):
+        """Keys and values of source (B, S, D): (B, G, S, d) each."""
+        k, v = self.kv(source).unflatten(-1, (2 * self.kv_heads, self.head_dim)).chunk(2, 2)    # (B, S, G, d)
+        # A product of d numbers of size 1 has size sqrt(d); unscaled, softmax would give nearly all to one key and
+        # pass hardly any gradient. The scale is on the keys because there are fewer of them than queries or scores.
+        k = k * self.head_dim ** -0.5
         if rope is not None:
-            kv = torch.cat((rotate(kv[:, :self.kv_heads], rope), kv[:, self.kv_heads:]), 1)
-        if packing is not None:
-            kv = packing.pad(kv)
-        return kv.transpose(1, 2).chunk(2, 1)                                               # (N, G, S, d) each
+            k = rotate(k, rope)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, k, v, mask=None, rope=None, packing=None, collect=None):
-        """x (N, T, D), or packed (M, D), asks, k and v (N, G, S, d) answer; the shape of x. mask (N, 1, T, S) or None.
+    def forward(self, x, k, v, mask=None, rope=None, collect=None):
+        """x (B, T, D) asks, k and v (B, G, S, d) answer: (B, T, D). mask (B, 1, T, S), added to the scores, or None.
 
-        collect: a list that receives the weights (N, H, T, S); it asks for the by-hand path.
+        collect: a list that receives the weights (B, H, T, S), which asks for the by-hand path.
         """
+        B, T, _ = x.shape
         G, R, S, d = self.kv_heads, self.shared, k.shape[2], self.head_dim
-        q = self.q(x) * d ** -0.5
+        q = self.q(x).unflatten(-1, (G * R, d))                                   # (B, T, H, d)
         if rope is not None:
-            q = rotate(q.unflatten(-1, (G * R, d)), rope).flatten(1)
-        if packing is not None:
-            q = packing.pad(q)                                                              # (N, T, H*d)
-        N, T, _ = q.shape
-        q = q.view(N, T, G, R * d).transpose(1, 2).reshape(N, G, T * R, d)                  # (N, G, T*R, d)
+            q = rotate(q, rope)
+        # The textbook repeats keys, [K1, K2] -> [K1, K1, K1, K1, K2, K2, K2, K2] for 8 heads. Here the R heads that
+        # share K1 stand behind it as R times as many queries: the same products, and no key is copied.
+        q = q.reshape(B, T, G, R * d).transpose(1, 2).reshape(B, G, T * R, d)
         dropout = self.dropout if self.training else 0.0
-        # By hand is the fast path of a CPU: in bfloat16 the backward of sdpa took 44% of a training step there.
-        if collect is not None or self.path == "hand" or (self.path == "auto" and x.device.type == "cpu"):
-            scores = q @ k.transpose(-2, -1)                                                # (N, G, T*R, S)
+        # In bfloat16 on a CPU by hand is faster: the backward of sdpa took 44% of a training step there.
+        slow_sdpa = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        if collect is not None or self.path == "hand" or (self.path == "auto" and slow_sdpa):
+            scores = q @ k.transpose(-2, -1)                                      # (B, G, T*R, S)
             if mask is not None:
-                scores.view(N, G, T, R, S).add_(mask[:, :, :, None].to(scores.dtype))
+                scores.view(B, G, T, R, S).add_(mask[:, :, :, None].to(scores.dtype))
             weights = scores.softmax(-1)
             if collect is not None:
-                collect.append(weights.view(N, G, T, R, S).transpose(2, 3).reshape(N, G * R, T, S))
-            y = F.dropout(weights, dropout) @ v                                             # (N, G, T*R, d)
+                collect.append(weights.view(B, G, T, R, S).transpose(2, 3).reshape(B, G * R, T, S))
+            y = F.dropout(weights, dropout) @ v                                   # (B, G, T*R, d)
         else:
             if mask is not None:
-                mask = mask.to(q.dtype).repeat_interleave(R, dim=2)                         # (N, 1, T*R, S)
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=1.0)           # (N, G, T*R, d)
-        y = y.reshape(N, G, T, R * d).transpose(1, 2).reshape(N, T, G * R * d)               # (N, T, H*d)
-        return self.out(y if packing is None else packing.unpad(y))
+                mask = mask.to(q.dtype).repeat_interleave(R, dim=2)               # (B, 1, T*R, S)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=1.0)
+        y = y.reshape(B, G, T, R * d).transpose(1, 2).reshape(B, T, G * R * d)    # (B, T, H*d)
+        return self.out(y)
 
 
 class GatedFFN(nn.Module):
@@ -180,7 +197,8 @@ class GatedFFN(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
-        self.kind, self.dropout = kind, dropout
+        self.kind = kind
+        self.dropout = dropout
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, -1)
@@ -189,22 +207,18 @@ class GatedFFN(nn.Module):
 
 
 class LoRA(nn.Module):
-    """layer(x) + expand(reduce(x)): a layer left as it is, plus a learned change of its weight, of a low rank r.
+    """W x + B A x: a linear layer that stays as it is, plus a learned change of its weight of a low rank r.
 
-    For a linear layer that is (W + B A) x, A (r, in), B (out, r) (arXiv:2106.09685, eq. 3, with alpha = r). For a
-    convolution A has its kernel and r channels, and B is 1x1. B starts at 0, so at first nothing changes.
+    A is `reduce` (r, in), B is `expand` (out, r) (arXiv:2106.09685, eq. 3, with alpha = r).
     """
 
     def __init__(self, layer, rank):
         super().__init__()
         self.layer = layer
-        if isinstance(layer, nn.Conv2d):
-            self.reduce = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
-            self.expand = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
-        else:
-            self.reduce = nn.Linear(layer.in_features, rank, bias=False)
-            self.expand = nn.Linear(rank, layer.out_features, bias=False)
-        nn.init.normal_(self.reduce.weight, std=self.reduce.weight[0].numel() ** -0.5)
+        self.reduce = nn.Linear(layer.in_features, rank, bias=False)
+        self.expand = nn.Linear(rank, layer.out_features, bias=False)
+        # B starts at 0, so that at first nothing changes; A must not, or neither of the two would have a gradient.
+        nn.init.normal_(self.reduce.weight, std=layer.in_features ** -0.5)
         nn.init.zeros_(self.expand.weight)
 
     def forward(self, x):
@@ -213,17 +227,19 @@ class LoRA(nn.Module):
     @torch.no_grad()
     def merged(self):
         """The layer, its weight changed by B A: it computes the same at no extra cost."""
-        self.layer.weight += (self.expand.weight.flatten(1) @ self.reduce.weight.flatten(1)).view_as(self.layer.weight)
+        self.layer.weight += self.expand.weight @ self.reduce.weight
         return self.layer
 
 
 # ---- vision ----
+
 class VisionBlock(nn.Module):
     """Pre-norm transformer block as SigLIP's: LayerNorm, attention, LayerNorm, MLP with the tanh GELU; with biases."""
 
     def __init__(self, cfg):
         super().__init__()
-        D, heads = cfg.vision_dim, cfg.vision_heads
+        D = cfg.vision_dim
+        heads = cfg.vision_heads
         self.norm1 = nn.LayerNorm(D, eps=1e-6)
         self.attn = Attention(D, heads, heads, D // heads, bias=True, dropout=cfg.dropout, path=cfg.attention)
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
@@ -239,18 +255,21 @@ class VisionBlock(nn.Module):
 
 
 def conv_stem(cfg):
-    """Stride-2 3x3 convolutions, the width doubled at each, down to one pixel a patch; then 1x1 to the encoder's width.
-
-    Learns faster from scratch than one large convolution (Xiao et al. 2021, arXiv:2106.14881). Padded on both sides, a
-    stride of 2 looks from each upper left corner; the last one, padded below and right only, moves back to the middle.
-    """
-    layers, width, into, count = [], cfg.stem_width, 3, int(math.log2(cfg.patch_size))
-    for i in range(count):
-        if i < count - 1:
+    """Stride-2 3x3 convolutions, each doubling the width, to one pixel a patch; then 1x1 to the encoder's width."""
+    # From scratch this learns faster than one large convolution (Xiao et al. 2021, arXiv:2106.14881).
+    layers = []
+    into = 3
+    width = cfg.stem_width
+    halvings = int(math.log2(cfg.patch_size))
+    for i in range(halvings):
+        if i < halvings - 1:
             layers += [nn.Conv2d(into, width, 3, stride=2, padding=1), nn.GELU()]
         else:
+            # Padded on both sides, convolutions of stride 2 look from the upper left corner of each patch. Padding
+            # the last one below and right only moves the patch back to its middle.
             layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(into, width, 3, stride=2), nn.GELU()]
-        width, into = 2 * width, width
+        into = width
+        width = 2 * width
     return nn.Sequential(*layers, nn.Conv2d(into, cfg.vision_dim, 1))
 
 
@@ -267,7 +286,8 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        D, side = cfg.vision_dim, cfg.image_size // cfg.patch_size
+        D = cfg.vision_dim
+        side = cfg.image_size // cfg.patch_size
         self.image_size = cfg.image_size
         self.stem = conv_stem(cfg) if cfg.stem == "conv" else nn.Conv2d(3, D, cfg.patch_size, stride=cfg.patch_size)
         if cfg.vision_positions == "learned":
@@ -279,42 +299,68 @@ class VisionEncoder(nn.Module):
 
     def forward(self, images, features=None, collect=None):
         """features: a dict that receives what each stage puts out; collect: a list for the attention weights."""
-        if images.shape[1:] != (3, self.image_size, self.image_size):
-            size = self.image_size
+        size = self.image_size
+        if images.shape[1:] != (3, size, size):
             raise ValueError(f"pictures must be (B, 3, {size}, {size}), not {tuple(images.shape)}")
-        seen = {}
+        seen = {} if features is None else features
         x = self.stem(images.contiguous(memory_format=torch.channels_last))       # (B, D, side, side)
         x = seen["stem"] = x.flatten(2).transpose(1, 2)                           # (B, P, D)
+        # Attention knows no order: without positions an answer could hardly depend on where something is.
         x = x + self.positions
         for i, block in enumerate(self.blocks):
             x = seen[f"block{i}"] = block(x, collect)
         x = seen["encoder"] = self.norm(x)
-        if features is not None:
-            features.update(seen)
         return x
 
 
-# ---- decoder ----
-class Cache:
-    """The KV-cache of generation. Of each layer: the text's keys and values, which grow; the picture's, which don't."""
+class WordTagger(nn.Module):
+    """Which words stand in each of the four descriptions of a picture, read off its patches; used in training only.
 
-    def __init__(self, layers, room):
-        self.text, self.cross, self.room = [None] * layers, [None] * layers, room
-        self.real = None                                                          # (N, S), True where no [PAD] stands
+    A query for each description and word attends to the patches (one head); a linear unit reads the answer. The first
+    stage trains the encoder by it, without the decoder and so several times faster: descriptions as labels, after
+    SuperClass (Huang et al. 2024, arXiv:2411.03313). It sees no boxes, so attention is not supervised.
+    """
+
+    def __init__(self, dim, words):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(4, words, dim))
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.weight = nn.Parameter(torch.randn(4, words, dim) * dim ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(4, words))
+
+    def forward(self, patches):
+        """patches (B, P, D) to logits (B, 4, words)."""
+        query = self.query.flatten(0, 1)                                          # (4*words, D)
+        scores = query @ self.key(patches).transpose(1, 2) * patches.shape[-1] ** -0.5            # (B, 4*words, P)
+        found = scores.softmax(-1) @ self.value(patches)                          # (B, 4*words, D)
+        logits = (found * self.weight.flatten(0, 1)).sum(-1)
+        return logits.unflatten(1, self.bias.shape) + self.bias
+
+
+# ---- decoder ----
+
+class Cache:
+    """The KV-cache of generation: keys and values of each layer, of the text (they grow) and of the picture."""
+
+    def __init__(self, layers):
+        self.text = [None] * layers
+        self.picture = [None] * layers
+        self.segment = None                                                       # of all words so far, (N, S)
 
     def append(self, layer, k, v):
-        """Add k and v (N, G, new, d) of the newest tokens and return all so far, (N, G, S, d) each."""
-        if self.text[layer] is None:
-            self.text[layer] = [t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in (k, v)]
-        S = self.real.shape[1]
-        for kept, new in zip(self.text[layer], (k, v)):
-            kept[:, :, S - new.shape[2]:S] = new
-        return [kept[:, :, :S] for kept in self.text[layer]]
+        """Add k and v (N, G, new, d) of the newest words; returns those of all words so far, (N, G, S, d) each."""
+        if self.text[layer] is not None:
+            old_k, old_v = self.text[layer]
+            k = torch.cat((old_k, k), 2)
+            v = torch.cat((old_v, v), 2)
+        self.text[layer] = k, v
+        return k, v
 
     def reorder(self, rows):
-        """Row i continues what row rows[i] was. The picture's part stays: rows never change their picture."""
-        self.real = self.real[rows]
-        self.text = [[t[rows] for t in kv] for kv in self.text]
+        """Row i continues what row rows[i] was, which is about the same picture."""
+        self.segment = self.segment[rows]
+        self.text = [(k[rows], v[rows]) for k, v in self.text]
 
 
 class DecoderBlock(nn.Module):
@@ -323,35 +369,43 @@ class DecoderBlock(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
         self.layer = layer
-        D, sizes = cfg.text_dim, (cfg.text_heads, cfg.text_kv_heads, cfg.text_head_dim)
-        kind = dict(bias=False, dropout=cfg.dropout, path=cfg.attention)
-        self.norm1, self.attn = RMSNorm(D), Attention(D, *sizes, **kind)
-        self.norm2, self.cross = RMSNorm(D), Attention(D, *sizes, **kind)
-        self.norm3, self.ffn = RMSNorm(D), GatedFFN(D, cfg.text_ffn_dim, cfg.ffn, cfg.dropout)
+        D = cfg.text_dim
+        heads = cfg.text_heads, cfg.text_kv_heads, cfg.text_head_dim
+        self.norm1 = RMSNorm(D)
+        self.attn = Attention(D, *heads, bias=False, dropout=cfg.dropout, path=cfg.attention)
+        self.norm2 = RMSNorm(D)
+        self.cross = Attention(D, *heads, bias=False, dropout=cfg.dropout, path=cfg.attention)
+        self.norm3 = RMSNorm(D)
+        self.ffn = GatedFFN(D, cfg.text_ffn_dim, cfg.ffn, cfg.dropout)
 
-    def forward(self, x, vision, mask, rope, rows, pictures, cache=None, attn=None):
-        """x (M, D) packed; rows, pictures: its Packing as texts (N, T) and as a long query for each picture (B, L)."""
-        h = self.norm1(x)                                                         # (M, D)
-        k, v = self.attn.keys_values(h, rope, rows)                               # (N, G, S, d) each
+    def forward(self, x, vision, mask, rope, cache=None, attn=None):
+        """x (B, L, D), vision (B, P, D) or None. attn: {"self", "cross"}, lists that receive weights, or None."""
+        attn = attn or {"self": None, "cross": None}
+        h = self.norm1(x)
+        k, v = self.attn.keys_values(h, rope)                                     # (B, G, L, d) each
+        # Keys are kept as rotated: the position of a word in its command never changes.
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        x = x + self.attn(h, k, v, mask, rope, rows, attn and attn["self"])
+            k, v = cache.append(self.layer, k, v)                                 # (B, G, S, d) each
+        x = x + self.attn(h, k, v, mask, rope, attn["self"])
         if vision is not None:
-            kv = cache.cross[self.layer] if cache is not None else None
-            if kv is None:
-                kv = self.cross.keys_values(vision)                               # (B, G, P, d) each
-            if cache is not None:
-                cache.cross[self.layer] = kv
-            x = x + self.cross(self.norm2(x), *kv, packing=pictures, collect=attn and attn["cross"])
+            k, v = self.picture_keys(vision, cache)                               # (B, G, P, d) each
+            x = x + self.cross(self.norm2(x), k, v, collect=attn["cross"])
         return x + self.ffn(self.norm3(x))
+
+    def picture_keys(self, vision, cache):
+        """Keys and values of the patches: while generating they are computed once and kept."""
+        if cache is None:
+            return self.cross.keys_values(vision)
+        if cache.picture[self.layer] is None:
+            cache.picture[self.layer] = self.cross.keys_values(vision)
+        return cache.picture[self.layer]
 
 
 class Decoder(nn.Module):
-    """Tokens (N, T) to final hidden states (N, T, D), with or without pictures."""
+    """Rows of tokens (B, L) to final hidden states (B, L, D), with or without pictures."""
 
     def __init__(self, cfg, vocab_size):
         super().__init__()
-        self.max_text = cfg.max_text
         self.embedding = nn.Embedding(vocab_size, cfg.text_dim)
         self.blocks = nn.ModuleList(DecoderBlock(cfg, i) for i in range(cfg.text_layers))
         self.norm = RMSNorm(cfg.text_dim)
@@ -359,42 +413,25 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, tokens, vision=None, cache=None, attn=None):
-        """tokens (N, T), [PAD] at either side; vision (B, P, D) with N = B*K, or None for no cross-attention.
+    def forward(self, tokens, segment, vision=None, cache=None, attn=None):
+        """tokens and segment (B, L); vision (B, P, D), or None for no cross-attention.
 
         cache: a Cache that holds the tokens before these. attn: a dict of lists for the weights, "self" and "cross".
         What is returned for [PAD] means nothing.
         """
-        (N, T), real = tokens.shape, tokens != PAD
-        # M and L are rounded up, with padding kept for it: a CPU compiles each matmul anew for each new size, and sizes
-        # that differ from batch to batch would cost more than all the padding does. That padding is taken from all
-        # over the batch: in one picture's texts it would make L longer for every picture.
-        kept = real.flatten()
-        spare = (~kept).nonzero()[:, 0]
-        more = min(-int(kept.sum()) % 256, len(spare))
-        kept = kept.index_fill(0, spare[torch.arange(more, device=kept.device) * len(spare) // max(more, 1)], True)
-        index = kept.nonzero()[:, 0]                                              # (M,)
-        rows, pictures = Packing(index, N, T), None
-        if vision is not None:
-            # The K commands of a picture become one query of up to L tokens, so its keys are computed once for all.
-            B, own = len(vision), kept.view(len(vision), -1)                      # (B, K*T)
-            L = min(-int(own.sum(1).max()) // 32 * -32, own.shape[1])
-            place = own.cumsum(1) - 1 + L * torch.arange(B, device=own.device)[:, None]
-            pictures = Packing(place.flatten()[index], B, L)
+        L = tokens.shape[1]
         if cache is not None:
-            real = cache.real = real if cache.real is None else torch.cat((cache.real, real), 1)
-        if real.shape[1] > self.max_text:
-            raise ValueError(f"a text of {real.shape[1]} tokens exceeds max_text={self.max_text}")
-        # Counted from the first real token: a text has the same positions wherever its padding stands.
-        position = (real.cumsum(1) - 1).clamp(min=0)[:, -T:].flatten()[index]                  # (M,)
-        rope = self.cos[position][:, None], self.sin[position][:, None]           # (M, 1, d) each
-        mask = self_mask(real, T)
-        x = self.embedding(tokens.flatten()[index]) * math.sqrt(self.embedding.embedding_dim)   # (M, D)
+            if cache.segment is not None:
+                segment = torch.cat((cache.segment, segment), 1)                  # (B, S)
+            cache.segment = segment
+        mask = row_mask(segment, L)
+        position = positions(segment)[:, -L:]
+        rope = self.cos[position][:, :, None], self.sin[position][:, :, None]     # (B, L, 1, d) each
+        # As logits the embedding must be small, as input of size 1: hence the factor, as in Gemma.
+        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)      # (B, L, D)
         for block in self.blocks:
-            x = block(x, vision, mask, rope, rows, pictures, cache, attn)
-        if attn is not None and vision is not None:
-            attn["cross"] = [rows.pad(pictures.unpad(w.transpose(1, 2))).transpose(1, 2) for w in attn["cross"]]
-        return rows.pad(self.norm(x))
+            x = block(x, vision, mask, rope, cache, attn)
+        return self.norm(x)
 
     def logits(self, hidden):
         """(..., D) to float32 (..., V), by the embedding's own weights."""
@@ -402,13 +439,16 @@ class Decoder(nn.Module):
 
 
 # ---- the whole ----
+
 class VLM(nn.Module):
     """Vision encoder, projection, decoder. `vocab_size` words; the rest of the sizes come from cfg."""
 
     def __init__(self, cfg, vocab_size):
         super().__init__()
-        self.cfg, self.adapted = cfg, False
+        self.cfg = cfg
+        self.adapted = False                                                      # whether LoRA's changes learn alone
         self.vision = VisionEncoder(cfg)
+        # The norm gives patches the size that the norms of the decoder give to words.
         self.projection = nn.Sequential(nn.Linear(cfg.vision_dim, cfg.text_dim), RMSNorm(cfg.text_dim))
         self.decoder = Decoder(cfg, vocab_size)
         if cfg.contrast_weight > 0:
@@ -419,29 +459,24 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Initial values, all normal with mean 0:
-
-            linear layers               std 1/sqrt(fan in), biases 0
-            out and down (residuals)    the same / sqrt(residual steps: 2 a vision block, 3 a decoder block)
-            convolutions                std sqrt(2 / fan in), Kaiming; the last of the stem 1/sqrt(fan in), biases 0
-            embedding                   std 1/sqrt(D): unit size once scaled by sqrt(D). The output being tied to it, an
-                                        untrained model repeats its input and its loss stands above ln V; with std 0.02
-                                        it starts at ln V but learned slower (steps 90 to 120, one seed: 0.43, not 0.37)
-            learned positions           std 0.5, as large as the patches: "on the left" is asked from the first step on
-            norms                       their identity
-        """
+        """Initial weights: normal with mean 0; biases 0; norms their identity."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                gain = 2 if isinstance(module, nn.Conv2d) and module.out_channels != self.cfg.vision_dim else 1
-                std = math.sqrt(gain / module.weight[0].numel())
+                # 1/sqrt(fan in) keeps the size of what passes; GELU about halves the squares, hence the 2 (Kaiming).
+                before_gelu = isinstance(module, nn.Conv2d) and module.out_channels != self.cfg.vision_dim
+                std = math.sqrt((2 if before_gelu else 1) / module.weight[0].numel())
+                # These add to the residual path, which must not grow with its steps: 2 or 3 in each block.
                 if name.endswith((".out", ".down")):
                     vision = name.startswith("vision")
                     std /= math.sqrt(2 * self.cfg.vision_layers if vision else 3 * self.cfg.text_layers)
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        # Of size 1 once scaled. The logits being tied to it, an untrained model repeats its input, and its loss stands
+        # above ln V; with std 0.02 it starts at ln V but learned slower (steps 90 to 120, one seed: 0.43, not 0.37).
         nn.init.normal_(self.decoder.embedding.weight, std=self.cfg.text_dim ** -0.5)
         if isinstance(self.vision.positions, nn.Parameter):
+            # As large as the patches: "on the left" is asked from the first step on.
             nn.init.normal_(self.vision.positions, std=0.5)
 
     def encode(self, images, collect=None):
@@ -454,56 +489,77 @@ class VLM(nn.Module):
         features["projected"] = self.projection(self.vision(images, features))
         return features
 
-    def forward(self, images, tokens, targets=None, return_attn=False, loss_fn=F.cross_entropy):
-        """images (B, 3, S, S), tokens (B, K, T) or (B, T): logits (B, K, T, V) or (B, T, V), or with targets the loss.
+    def forward(self, images, tokens, segment=None, targets=None, return_attn=False, loss_fn=F.cross_entropy):
+        """images (B, 3, S, S), tokens and segment (B, L): logits (B, L, V), or with targets the loss.
 
-        targets: as tokens, IGNORE where there is nothing to learn; loss_fn(logits (M, V), targets (M,)) sees the rest.
-        return_attn: also return {"vision": (layers, B, H, P, P), "self": (layers, B*K, H, T, T),
-        "cross": (layers, B*K, H, T, P)}, attention weights through which gradients flow. Cross rows of [PAD] are 0.
+        segment: see `row_mask`; without it a row is one command. targets (B, L): IGNORE where there is nothing to
+        learn; loss_fn(logits (M, V), targets (M,)) sees the rest. return_attn: also return {"vision": (layers, B, H, P,
+        P), "self": (layers, B, H, L, L), "cross": (layers, B, H, L, P)}: attention weights, with their gradients.
         """
+        if segment is None:
+            segment = (tokens != PAD).long()
         attn = {"vision": [], "self": [], "cross": []} if return_attn else None
-        vision = self.encode(images, attn and attn["vision"])
-        return self.decode(vision, tokens, targets, loss_fn, attn)
+        vision = self.encode(images, attn["vision"] if return_attn else None)
+        result = self.decode(vision, tokens, segment, targets, loss_fn, attn)
+        if return_attn:
+            return result, {name: torch.stack(weights) for name, weights in attn.items()}
+        return result
 
-    def decode(self, vision, tokens, targets=None, loss_fn=F.cross_entropy, attn=None):
-        """As forward, from projected patches (B, P, D)."""
-        hidden = self.decoder(tokens.reshape(-1, tokens.shape[-1]), vision, attn=attn)        # (N, T, D)
+    def decode(self, vision, tokens, segment, targets=None, loss_fn=F.cross_entropy, attn=None):
+        """As forward, from projected patches (B, P, D). attn: a dict of lists for the weights of each layer."""
+        hidden = self.decoder(tokens, segment, vision, attn=attn)                 # (B, L, D)
         if targets is None:
-            result = self.decoder.logits(hidden).view(*tokens.shape, -1)
-        else:
-            # Most targets are padding or command: leave them out before the widest matmul of the decoder.
-            keep = targets.reshape(-1) >= 0
-            hidden = hidden.flatten(0, 1)[keep]                                               # (M, D)
-            result = loss_fn(self.decoder.logits(hidden), targets.reshape(-1)[keep])
-        if attn is None:
-            return result
-        return result, {name: torch.stack(weights) for name, weights in attn.items()}
+            return self.decoder.logits(hidden)
+        # Most targets are padding or command: leave them out before the widest matmul of the decoder.
+        learned = targets >= 0
+        return loss_fn(self.decoder.logits(hidden[learned]), targets[learned])
 
-    def contrastive_loss(self, vision, tokens):
-        """SigLIP's sigmoid loss (arXiv:2303.15343, eq. 1) of projected patches (B, P, D) and their texts (B, T).
+    def odds(self, vision, tokens, segment, attn=None):
+        """Log-odds of YES against NO after the last word of each command, in the order of the rows: (n,).
 
-        A text is its last real token after the decoder without cross-attention; a picture is the mean of its patches.
+        vision (B, P, D), or None to ask without pictures; tokens and segment (B, L).
         """
-        last = ((tokens != PAD) * torch.arange(tokens.shape[1], device=tokens.device)).argmax(1)
-        text = self.decoder(tokens)[torch.arange(len(tokens), device=tokens.device), last]    # (B, D)
+        hidden = self.decoder(tokens, segment, vision, attn=attn)[ends(segment)]  # (n, D)
+        logits = self.decoder.logits(hidden)
+        return logits[:, YES] - logits[:, NO]
+
+    @torch.no_grad()
+    def ask(self, images, prompts, dtype):
+        """`odds` of prompts, lists of ids, a list of them for each of the pictures (B, 3, S, S): numpy float32 (n,)."""
+        device = self.decoder.embedding.weight.device
+        tokens, segment = (rows.to(device) for rows in as_rows(prompts))
+        with autocast(dtype, device):
+            odds = self.odds(self.encode(images.to(device)), tokens, segment)
+        return odds.cpu().numpy()
+
+    def contrastive_loss(self, vision, tokens, segment):
+        """SigLIP's sigmoid loss (arXiv:2303.15343, eq. 1) of projected patches (B, P, D) and their texts.
+
+        A text is the longest command of its row (B, L), at its last word; a picture is the mean of its patches.
+        """
+        # The longest says most. A text that saw its picture would match it with any words: so no cross-attention here.
+        numbers = torch.arange(1, int(segment.max()) + 1, device=segment.device)
+        longest = 1 + (segment[:, :, None] == numbers).sum(1).argmax(1)           # (B,)
+        last = ends(segment) & (segment == longest[:, None])
+        text = self.decoder(tokens, segment)[last]                                # (B, D)
         image = F.normalize(vision.mean(1).float(), dim=-1)
         logits = self.contrast["log_scale"].exp() * image @ F.normalize(text.float(), dim=-1).T + self.contrast["bias"]
-        sign = 2 * torch.eye(len(logits), device=logits.device) - 1                           # 1 for pairs, else -1
+        sign = 2 * torch.eye(len(logits), device=logits.device) - 1               # 1 for pairs, else -1
         return -F.logsigmoid(sign * logits).sum() / len(logits)
 
     def freeze(self, part, on=True):
         """Stop (or, on=False, resume) the learning of "vision" (the stem too), "projection" or "decoder"."""
-        if part not in ("vision", "projection", "decoder"):
-            raise ValueError(f"no part '{part}' to freeze: vision, projection or decoder")
         for name, p in getattr(self, part).named_parameters():
-            p.requires_grad_(not on and (not self.adapted or ".reduce." in name or ".expand." in name))
+            # With LoRA most weights must stay as they are, also when their part is free to learn.
+            learns = not self.adapted or ".reduce." in name or ".expand." in name
+            p.requires_grad_(learns and not on)
 
     def add_lora(self, rank):
-        """Freeze every weight, and let each linear layer and convolution learn a change of that rank instead (LoRA)."""
+        """Freeze every weight, and let each linear layer learn a change of that rank instead (LoRA)."""
         self.adapted = True
         self.requires_grad_(False)
         for name, layer in list(self.named_modules()):
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            if isinstance(layer, nn.Linear):
                 self.replace(name, LoRA(layer, rank))
 
     def merge_lora(self):
@@ -520,74 +576,56 @@ class VLM(nn.Module):
         setattr(self.get_submodule(parent), own, module)
 
     @torch.no_grad()
-    def generate(self, images, prompts, max_new_tokens, beam=1, eos_id=2, use_cache=True):
-        """Continue prompts (B, K, T), left-padded with [PAD]: at most max_new_tokens new tokens (B, K, new), and the
-        logits of the first of them (B, K, V), in which P([YES]) can be read. After [EOS] stands [PAD].
+    def generate(self, vision, prompts, max_new_tokens, beam=1, eos_id=EOS, use_cache=True):
+        """Continue prompts (N, T), left-padded with [PAD], by up to max_new_tokens tokens: (N, new), [PAD] after [EOS].
 
-        beam: sequences kept for a prompt; the best has the largest sum of log-probabilities / length. 1 is greedy.
-        use_cache=False computes everything again for each token: slower, to check and measure the cache.
+        vision (N, P, D): the projected patches of each prompt's picture. beam: sequences kept for a prompt, of which
+        the best has the largest sum of log-probabilities / length; 1 is greedy. use_cache=False computes everything
+        again for each token: slower, to check and measure the cache.
         """
-        B, K, T = prompts.shape
+        N, T = prompts.shape
         if T + max_new_tokens > self.cfg.max_text:
             raise ValueError(f"{T} prompt tokens and {max_new_tokens} new ones exceed max_text={self.cfg.max_text}")
         was_training = self.training
         self.eval()
-        vision = self.encode(images)
-        text = prompts.reshape(B * K, T)
-        cache = Cache(self.cfg.text_layers, self.cfg.max_text) if use_cache else None
-        first = logits = self.decoder.logits(self.decoder(text, vision, cache)[:, -1])        # (N, V)
-
-        # Beams are more commands of the same picture. All but one start impossible, or all would be the same.
-        rows = torch.arange(B * K, device=text.device).repeat_interleave(beam)                # (N*beam,)
-        total = torch.full((B * K, beam), float("-inf"), device=text.device)
-        total[:, 0] = 0                                                           # sum of log-probabilities
-        text, logits = text[rows], logits[rows]
-        if use_cache and beam > 1:
-            cache.reorder(rows)
-        done = torch.zeros(len(text), dtype=torch.bool, device=text.device)
-        length = torch.zeros(len(text), device=text.device)
-        group = torch.arange(B * K, device=text.device)[:, None] * beam           # a command's first row
+        first_row = torch.arange(N, device=prompts.device)[:, None] * beam        # of the beams of a prompt
+        text = prompts.repeat_interleave(beam, 0)                                 # (N*beam, T)
+        vision = vision.repeat_interleave(beam, 0)                                # (N*beam, P, D)
+        cache = Cache(self.cfg.text_layers) if use_cache else None
+        # All beams of a prompt but one start impossible: they are equal, and would find the same words.
+        total = torch.full((N, beam), float("-inf"), device=text.device)          # sums of log-probabilities
+        total[:, 0] = 0
+        done = torch.zeros(N * beam, dtype=torch.bool, device=text.device)
+        length = torch.zeros(N * beam, device=text.device)
         for step in range(max_new_tokens):
-            if step > 0:
-                new = text[:, -1:] if use_cache else text
-                logits = self.decoder.logits(self.decoder(new, vision, cache)[:, -1])
+            new = text[:, -1:] if use_cache and step > 0 else text
+            hidden = self.decoder(new, (new != PAD).long(), vision, cache)[:, -1]
+            logits = self.decoder.logits(hidden)                                  # (N*beam, V)
             logits[:, PAD] = float("-inf")                                        # padding is nothing to say ...
             score = logits.log_softmax(-1)
             score[done] = float("-inf")                                           # ... but all that follows the end
             score[done, PAD] = 0.0
             vocab = score.shape[-1]
             length = length + ~done
-            score = (total.view(-1, 1) + score).view(B * K, -1)                   # (N, beam*V)
-            mean = score / length.view(B * K, beam).repeat_interleave(vocab, 1)
+            score = (total.view(-1, 1) + score).view(N, -1)                       # (N, beam*V)
+            # By the mean and not the sum, which falls with every word: short texts would win by being short.
+            mean = score / length.view(N, beam).repeat_interleave(vocab, 1)
             choice = mean.topk(beam, dim=-1).indices                              # (N, beam), best first
             total = score.gather(1, choice)
-            rows = (group + choice // vocab).flatten()
+            rows = (first_row + choice // vocab).flatten()                        # the row that each choice continues
             token = (choice % vocab).flatten()
-            if beam > 1:
-                text, done, length = text[rows], done[rows], length[rows]
-                if use_cache:
-                    cache.reorder(rows)
-            text = torch.cat((text, token[:, None]), 1)
-            done = done | (token == eos_id)
+            text = torch.cat((text[rows], token[:, None]), 1)
+            length = length[rows]
+            done = done[rows] | (token == eos_id)
+            if use_cache and beam > 1:
+                cache.reorder(rows)
             if done.all():
                 break
         self.train(was_training)
-        return text.view(B, K, beam, -1)[:, :, 0, T:], first.view(B, K, -1)
+        return text.view(N, beam, -1)[:, 0, T:]
 
 
-# ---- device and statistics ----
-def reuse_memory():
-    """Let glibc keep freed memory instead of handing it back to the system. Elsewhere this does nothing.
-
-    Else each training step asks for 80 MB anew, in 21,000 page faults that cost 7% of its time.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(-1, 2 ** 31 - 1)      # M_TRIM_THRESHOLD: never shrink the heap
-    mallopt(-3, 2 ** 25)          # M_MMAP_THRESHOLD: blocks of up to 32 MB, the most allowed, come from the heap
-
+# ---- device, precision and statistics ----
 
 def pick_device(cfg):
     """The torch.device of cfg.device, auto being cuda, then mps, then cpu. UserError if the wished one is not there."""
@@ -600,84 +638,112 @@ def pick_device(cfg):
         there = False
     if not there:
         raise config.UserError(f"device '{cfg.device}' is not there; found here: {', '.join(found)}")
-    if device.type == "cpu":
-        reuse_memory()
     return device
+
+
+def pick_dtype(cfg, device):
+    """(torch dtype of autocast, the reason in words)."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype), "as set"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, "the GPU computes bfloat16"
+        return torch.float16, "the GPU has no bfloat16 units: float16 with loss scaling"
+    if device.type == "cpu":
+        flags = Path("/proc/cpuinfo")
+        text = flags.read_text(encoding="utf-8") if flags.exists() else ""
+        for flag in ("amx_bf16", "avx512_bf16"):
+            if flag in text:
+                return torch.bfloat16, f"{flag} found"
+        return torch.float32, "the CPU has no fast bfloat16"
+    return torch.float32, "safest on this device"
+
+
+def autocast(dtype, device):
+    """torch.autocast at dtype, or nothing for float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def parameter_stats(model):
     """({part: (total, trainable)} of each part and "total", MB of weights, gradients and AdamW's state in float32)."""
     counts = {}
     for name, part in [*model.named_children(), ("total", model)]:
-        sizes = [(p.numel(), p.numel() * p.requires_grad) for p in part.parameters()]
-        counts[name] = tuple(map(sum, zip(*sizes)))
+        total = sum(p.numel() for p in part.parameters())
+        counts[name] = total, sum(p.numel() for p in part.parameters() if p.requires_grad)
     total, trainable = (4 * n / 2 ** 20 for n in counts["total"])
     return counts, {"weights": total, "gradients": trainable, "AdamW state": 2 * trainable}
 
 
-def forward_flops(model, commands, length):
-    """FLOPs of one picture with `commands` texts of `length` tokens, forward; a training step takes 3 times as many."""
-    device, size = model.decoder.embedding.weight.device, model.cfg.image_size
-    tokens = torch.ones(1, commands, length, dtype=torch.long, device=device)
+def forward_flops(model, length):
+    """FLOPs of one picture with a row of `length` tokens, forward; a training step takes 3 times as many.
+
+    With length 0 the picture is only encoded.
+    """
+    device = model.decoder.embedding.weight.device
+    size = model.cfg.image_size
     image = torch.zeros(1, 3, size, size, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image, tokens) if commands else model.encode(image)
+        if length:
+            segment = 1 + torch.arange(length, device=device)[None] // 8          # commands of eight words
+            model(image, torch.ones_like(segment), segment)
+        else:
+            model.encode(image)
     return counter.get_total_flops()
+
+
+def least_seconds(work, device, repeats=3):
+    """Least time of a few runs of work(), after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def main(cfg):
     device = pick_device(cfg)
-    vocab = Path(cfg.data_dir) / "vocab.json"
-    V = len(json.loads(vocab.read_text(encoding="utf-8"))) if vocab.exists() else 256
+    dtype, why = pick_dtype(cfg, device)
+    words = Path(cfg.data_dir) / "vocab.json"
+    V = len(json.loads(words.read_text(encoding="utf-8"))) if words.exists() else 256
     torch.manual_seed(cfg.seed)
     model = VLM(cfg, V).to(device).eval()
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    print(f"device {device}, dtype {'bfloat16' if half else 'float32'}, {torch.get_num_threads()} CPU threads, "
-          f"vocabulary {V}" + ("" if vocab.exists() else f" (a stand-in: there is no {vocab} yet)"))
+    print(f"device {device}, dtype {str(dtype)[6:]} ({why}), {torch.get_num_threads()} CPU threads, vocabulary {V}"
+          + ("" if words.exists() else f" (a stand-in: there is no {words} yet)"))
 
-    K, T = cfg.commands_per_image, cfg.max_text // 2
-    image = torch.randn(1, 3, cfg.image_size, cfg.image_size, device=device)
-    shapes = {name: tuple(x.shape) for name, x in model.features(image).items()}
-    vision, decoder, text = model.vision, model.decoder, (K, T, cfg.text_dim)
-    table = [(f"stem ({cfg.stem})", shapes["stem"], vision.stem.parameters()),
-             (f"positions ({cfg.vision_positions})", shapes["stem"], [vision.positions]),
-             *[(f"vision block {i}", shapes[f"block{i}"], block.parameters()) for i, block in enumerate(vision.blocks)],
-             ("vision norm", shapes["encoder"], vision.norm.parameters()),
-             ("projection", shapes["projected"], model.projection.parameters()),
-             ("embedding, also logits", text, decoder.embedding.parameters()),
-             *[(f"decoder block {i}", text, block.parameters()) for i, block in enumerate(decoder.blocks)],
-             ("decoder norm", text, decoder.norm.parameters())]
-    print(f"\none picture, {K} commands of {T} tokens\n{'part':<24}{'output':<20}{'parameters':>12}")
-    for part, shape, tensors in table:
-        count = sum(p.numel() for p in tensors if isinstance(p, nn.Parameter))
-        print(f"{part:<24}{' x '.join(map(str, shape)):<20}{count:>12,}")
+    P = (cfg.image_size // cfg.patch_size) ** 2
+    patches = f"{P} x {cfg.vision_dim}"
+    text = f"{cfg.row_tokens} x {cfg.text_dim}"
+    parts = [(f"stem ({cfg.stem})", patches, model.vision.stem),
+             (f"{cfg.vision_layers} vision blocks", patches, model.vision.blocks),
+             ("projection", f"{P} x {cfg.text_dim}", model.projection),
+             ("embedding, also logits", text, model.decoder.embedding),
+             (f"{cfg.text_layers} decoder blocks", text, model.decoder.blocks)]
+    print(f"\none picture, one row of {cfg.row_tokens} tokens\n{'part':<24}{'output':<12}{'parameters':>12}")
+    for name, shape, part in parts:
+        print(f"{name:<24}{shape:<12}{sum(p.numel() for p in part.parameters()):>12,}")
     counts, memory = parameter_stats(model)
     print("\nparameters   " + ", ".join(f"{name} {total:,}" for name, (total, _) in counts.items()))
     print("memory       " + ", ".join(f"{name} {mb:.1f} MB" for name, mb in memory.items()) + ", and activations")
-    print(f"FLOPs        {forward_flops(model, K, T) / 1e9:.2f} G a picture, forward")
+    print(f"FLOPs        {forward_flops(model, cfg.row_tokens) / 1e9:.2f} G per picture, forward")
 
-    def seconds(work, repeats=3):
-        """Least time of a few runs, after one to warm up."""
-        times = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            work()
-            if device.type != "cpu":
-                getattr(torch, device.type).synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+    image = torch.randn(1, 3, cfg.image_size, cfg.image_size, device=device)
+    with torch.no_grad(), autocast(dtype, device):
         for B in (1, cfg.batch_size):
-            images, tokens = image.expand(B, -1, -1, -1), torch.randint(3, V, (B, K, T), device=device)
-            took = seconds(lambda: model(images, tokens))
-            print(f"forward      {B} pictures, {K} commands each: {1000 * took:.1f} ms, {B * K / took:,.0f} pairs/s")
+            images = image.expand(B, -1, -1, -1)
+            commands = [[5] * (cfg.row_tokens // 8)] * 8
+            tokens, segment = (rows.to(device) for rows in as_rows([commands] * B))
+            took = least_seconds(lambda: model(images, tokens, segment), device)
+            print(f"forward      {B} pictures, 8 commands each: {1000 * took:.1f} ms, {8 * B / took:,.0f} pairs/s")
         new = min(24, cfg.max_text - 8)
         for B in (1, 64):
-            images, prompts = image.expand(B, -1, -1, -1), torch.randint(3, V, (B, 1, 8), device=device)
+            vision = model.encode(image).expand(B, -1, -1)
+            prompts = torch.randint(3, V, (B, 8), device=device)
             # No token is -1, so no sequence ends early.
-            speed = [B * new / seconds(lambda: model.generate(images, prompts, new, eos_id=-1, use_cache=use), 1)
-                     for use in (True, False)]
+            speed = [B * new / least_seconds(lambda: model.generate(vision, prompts, new, eos_id=-1, use_cache=use),
+                                             device, 1) for use in (True, False)]
             print(f"decode       batch {B}: {speed[0]:,.0f} tokens/s with the KV-cache, {speed[1]:,.0f} without")
 
 

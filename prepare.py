@@ -1,12 +1,14 @@
 """Pictures and boxes: street scenes drawn here, or a BDD100K folder, turned into the files that training reads.
 
-- A scene is a spec (camera, road, weather, objects in metres); drawing it gives a picture and BDD100K-format labels.
+- A scene is a spec: a plain dict of camera, road, weather and objects. Drawing it gives a picture, and the spec gives
+  labels in the format of BDD100K.
 - A twin is an edited spec drawn again: every pixel that the edit does not touch stays the same.
-- BDD100K: label files of both releases, read in a stream into one record; what is broken is counted, listed, skipped.
-- A run that was interrupted goes on where it stopped when the same command is given again.
-- Writes to data_dir: images.npy (N, S, S, 3) uint8, frames.jsonl, and for each split commands_SPLIT.jsonl (readable),
-  tokens_SPLIT.npy and index_SPLIT.npy (what training reads), twins.jsonl, vocab.json, meta.json, report.png and
-  rejected.csv (name, lost, kind, reason: every frame or label that was left out).
+- BDD100K: label files of both releases are read in a stream into one form of record. What is broken is counted,
+  listed by name, and skipped.
+- Writes to data_dir: images.bin (N, S, S, 3) raw uint8, frames.jsonl (one record a line), and for each split
+  commands_SPLIT.jsonl (readable), tokens_SPLIT.npy and index_SPLIT.npy (what training reads); twins.jsonl, vocab.json,
+  meta.json, report.png, and rejected.csv (name, lost, kind, reason: every frame or label that could not be used).
+- A run that fails or is refused leaves the data of an earlier run as they were.
 
     python prepare.py
     python prepare.py --source=bdd100k --bdd_dir=/path/to/bdd100k
@@ -17,8 +19,6 @@ import contextlib
 import csv
 import gzip
 import hashlib
-import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -26,12 +26,13 @@ import os
 import random
 import re
 import shlex
+import shutil
 import struct
 import sys
 import time
 import zlib
 from array import array
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -39,117 +40,177 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
 import commands
 import config
+from commands import QUESTIONS, TRUE, UNSURE, View
 from config import UserError
-from commands import UNSURE, QUESTIONS, TRUE, Question, View
 from tokenizer import Tokenizer
 
-MAGIC, VERSION = "traffic-vlm-data", 1
+MAGIC = "traffic-vlm-data"
+VERSION = 2
+# ood (out of distribution): drawn scenes of a weather or time that the others do not have.
 SPLITS = ("train", "val", "test", "ood")
+# Held-out sets test language (a paraphrase that is never trained on) and composition (questions that are not).
+SETS = ("train", "val", "test", "test_words", "test_combos", "ood")
 WEATHERS = ("clear", "overcast", "rainy", "foggy", "snowy")
 TIMES = ("daytime", "dawn/dusk", "night")
 SCENES = ("city street", "highway", "residential")
 DRAWN_VALUES = dict(weather=WEATHERS, timeofday=TIMES, scene=SCENES)
 BDD_VALUES = dict(weather=(*WEATHERS, "partly cloudy", "undefined"), timeofday=(*TIMES, "undefined"),
                   scene=(*SCENES, "parking lot", "tunnel", "gas stations", "undefined"))
+EDGES = ("x1", "y1", "x2", "y2")
 
 # ---- scenes: sampling ----
 
-# kind: (width, height) in metres from behind, width seen from the side or None, chance to be in a scene, categories.
+Kind = namedtuple("Kind", "width height length heights chance categories")
+# width, height: in metres, seen from behind; length: width seen from the side, None for what looks alike from all sides
+# heights: range of the lower edge above the road, for what hangs; chance: to be in a scene; categories: of its labels
 # Signal heads and signs are drawn larger than life, so that their colours can be read at 128 pixels.
 KINDS = {
-    "car": (1.8, 1.5, 4.2, 0.55, ("car",)), "truck": (2.5, 3.1, 6.0, 0.33, ("truck",)),
-    "bus": (2.6, 3.2, 7.5, 0.33, ("bus",)), "pedestrian": (0.75, 1.75, None, 0.45, ("pedestrian",)),
-    "bicycle": (0.75, 1.1, 1.75, 0.28, ("bicycle",)), "motorcycle": (0.85, 1.25, 2.0, 0.28, ("motorcycle",)),
-    "cyclist": (0.8, 1.8, 1.75, 0.18, ("rider", "bicycle")),
-    "motorcyclist": (0.9, 1.75, 2.0, 0.14, ("rider", "motorcycle")),
-    "light": (0.95, 2.1, None, 0.65, ("traffic light",)), "sign": (1.0, 1.0, None, 0.42, ("traffic sign",)),
+    "car": Kind(1.8, 1.5, 4.2, None, 0.55, ("car",)),
+    "truck": Kind(2.5, 3.1, 6.0, None, 0.33, ("truck",)),
+    "bus": Kind(2.6, 3.2, 7.5, None, 0.33, ("bus",)),
+    "pedestrian": Kind(0.75, 1.75, None, None, 0.45, ("pedestrian",)),
+    "bicycle": Kind(0.75, 1.1, 1.75, None, 0.28, ("bicycle",)),
+    "motorcycle": Kind(0.85, 1.25, 2.0, None, 0.28, ("motorcycle",)),
+    "cyclist": Kind(0.8, 1.8, 1.75, None, 0.18, ("rider", "bicycle")),
+    "motorcyclist": Kind(0.9, 1.75, 2.0, None, 0.14, ("rider", "motorcycle")),
+    "light": Kind(0.95, 2.1, None, (2.9, 4.4), 0.65, ("traffic light",)),
+    "sign": Kind(1.0, 1.0, None, (1.9, 3.0), 0.42, ("traffic sign",)),
 }
-KIND_OF = {"traffic light": "light", "traffic sign": "sign", "rider": "cyclist"}   # to add an object of a category
+# The kind to draw for a category, where it has another name.
+KIND_OF = {"traffic light": "light", "traffic sign": "sign", "rider": "cyclist"}
+# How often an object is seen from where. From behind, a narrow one is hard to tell from a post.
+FACINGS = ("side", "rear", "rear", "front")
+NARROW_FACINGS = dict.fromkeys(("bicycle", "cyclist", "motorcycle"), ("side", "side", "rear"))
 PAINTS = ((188, 32, 38), (32, 64, 160), (236, 236, 232), (30, 30, 34), (150, 154, 160), (222, 178, 40), (34, 110, 70),
           (200, 96, 30), (96, 60, 44), (90, 150, 200))
 CLOTHES = PAINTS + ((230, 120, 160), (120, 60, 140), (60, 190, 180))
 SKINS = ((244, 206, 178), (214, 160, 120), (150, 100, 70), (92, 60, 44))
+Scenery = namedtuple("Scenery", "half_road ground houses heights")
+# half_road: range of half the road's width in metres; ground: its colour; houses: how often a plot has one;
+# heights: range of theirs in metres
+SCENERY = {
+    "city street": Scenery((4.5, 7), (150, 146, 140), 0.9, (5, 18)),
+    "highway": Scenery((6, 9), (112, 128, 84), 0.12, (4, 7)),
+    "residential": Scenery((3.2, 4.5), (104, 136, 76), 0.55, (4, 7)),
+}
 
 
-def wished(cfg, known):
+def filters_of(cfg, known):
     """{name: list of values that its filter keeps, empty for all}. Raises UserError for a value not in `known`."""
-    filters = {k: [v.strip() for v in getattr(cfg, k).split(",") if v.strip()] for k in known}
-    for name, values in filters.items():
-        for value in set(values).difference(known[name]):
-            kind = "drawn" if known is DRAWN_VALUES else "BDD100K"
-            raise UserError(f"no {kind} scene has {name} '{value}'" + config.nearest(value, known[name])
-                            + f"; there are {', '.join(known[name])}")
-    return filters
+    return {name: config.listed(getattr(cfg, name), values, f"no {cfg.source} scene has {name}")
+            for name, values in known.items()}
 
 
 def sample_scene(name, cfg):
-    """The spec of the scene called `name`: plain dict, the same for the same name and cfg.scene_seed.
+    """The spec of the scene called `name`: a plain dict, the same for the same name and cfg.scene_seed.
 
     Names that begin with "ood" get a weather or time outside the filters, all others one inside.
     """
+    # The order of all draws from rng, here and in sample_object, is fixed: a new draw in between changes every scene.
     rng = random.Random(f"{name} {cfg.scene_seed}")
-    filters = wished(cfg, DRAWN_VALUES)
-    weathers, times, scenes = ([v for v in every if v in (filters[k] or every)] for k, every in DRAWN_VALUES.items())
-    every = [(w, t) for w in WEATHERS for t in TIMES]
-    inside = [(w, t) for w, t in every if w in weathers and t in times]
-    outside = [c for c in every if c not in inside] or inside
-    weather, timeofday = rng.choice(outside if name.startswith("ood") else inside)
-    kind = rng.choice(scenes)
-    spec = dict(name=name, seed=rng.randrange(2**31), weather=weather, timeofday=timeofday, scene=kind,
-                focal=rng.uniform(1.05, 1.28), horizon=rng.uniform(0.40, 0.47), centre=rng.uniform(0.45, 0.55),
-                height=rng.uniform(1.3, 1.6), half_road=rng.uniform(*{"highway": (6, 9), "city street": (4.5, 7),
-                                                                      "residential": (3.2, 4.5)}[kind]),
-                shift=rng.uniform(-1.5, 1.5), lanes=rng.choice((2, 3, 4)),
-                crosswalk=rng.choice((0, 0, rng.uniform(5, 12))), sun=rng.choice((-1, 1)) * rng.uniform(0.2, 0.6),
-                noise=rng.uniform(0, 7), blur=rng.choice((0, 0, 0.4, 0.6)),
-                gain=rng.uniform(0.88, 1.1), objects=[])
+    kept = {name: values or DRAWN_VALUES[name] for name, values in filters_of(cfg, DRAWN_VALUES).items()}
+    every = [(weather, timeofday) for weather in WEATHERS for timeofday in TIMES]
+    inside = [pair for pair in every if pair[0] in kept["weather"] and pair[1] in kept["timeofday"]]
+    outside = [pair for pair in every if pair not in inside]
+    # Where the filters keep everything, nothing is outside, and the scenes of both sets are alike.
+    weather, timeofday = rng.choice(outside if outside and name.startswith("ood") else inside)
+    scene = rng.choice([scene for scene in SCENES if scene in kept["scene"]])
+    spec = dict(
+        name=name,
+        seed=rng.randrange(2**31),
+        weather=weather,
+        timeofday=timeofday,
+        scene=scene,
+        focal=rng.uniform(1.05, 1.28),                           # in picture widths
+        horizon=rng.uniform(0.40, 0.47),                         # in picture heights from the top
+        centre=rng.uniform(0.45, 0.55),                          # where "straight ahead" is, in picture widths
+        height=rng.uniform(1.3, 1.6),                            # of the camera
+        half_road=rng.uniform(*SCENERY[scene].half_road),
+        shift=rng.uniform(-1.5, 1.5),                            # from the camera to the middle of the road
+        lanes=rng.choice((2, 3, 4)),
+        crosswalk=rng.choice((0, 0, rng.uniform(5, 12))),        # its distance; 0 = there is none
+        sun=rng.choice((-1, 1)) * rng.uniform(0.2, 0.6),         # how far shadows lean, in widths of the object
+        noise=rng.uniform(0, 7),                                 # standard deviation, in grey levels of 255
+        blur=rng.choice((0, 0, 0.4, 0.6)),                       # in pixels
+        gain=rng.uniform(0.88, 1.1),
+        objects=[])
     colour = rng.choice(commands.COLOURS)
-    for kind, (_, _, _, chance, _) in KINDS.items():
-        copies = int(rng.random() < chance) + int(rng.random() < chance * 0.3)
+    for kind, about in KINDS.items():
+        # Up to two of a kind: two tries, the second with less chance.
+        copies = int(rng.random() < about.chance) + int(rng.random() < about.chance * 0.3)
         for _ in range(copies):
             o = sample_object(rng, spec, kind, cfg)
-            if o is not None:
-                if kind == "light" and o["colour"] in commands.COLOURS and rng.random() < 0.95:
-                    o["colour"] = colour      # the heads of one crossing agree, but for a few
-                spec["objects"].append(o)
+            if o is None:
+                continue
+            # Most heads of one crossing agree. Where they do not, questions about the light are dropped.
+            if kind == "light" and o["colour"] in commands.COLOURS and rng.random() < 0.95:
+                o["colour"] = colour
+            spec["objects"].append(o)
     return spec
 
 
 def sample_object(rng, spec, kind, cfg, place=None, near=None):
-    """A new object of `kind` for `spec`, clear of the others, or None after a few tries.
+    """A new object of `kind` that is clear of the others in `spec`, or None after a few tries.
 
     place, near: where it must stand by the rules of commands.py; sampled when None.
     """
-    width, height, side, _, _ = KINDS[kind]
-    focal = spec["focal"]                                        # in picture widths
-    hanging = kind in ("light", "sign")
+    about = KINDS[kind]
+    focal = spec["focal"]
     for _ in range(12):
-        facing = rng.choice(("side", "side", "rear") if kind in ("bicycle", "cyclist", "motorcycle") else
-                            ("side", "rear", "rear", "front")) if side else "front"
+        facing = rng.choice(NARROW_FACINGS.get(kind, FACINGS)) if about.length else "front"
         scale = rng.uniform(0.9, 1.12)
-        w, h = (side if facing == "side" else width) * scale, height * scale
-        y = rng.uniform(2.9, 4.4) if kind == "light" else rng.uniform(1.9, 3.0) if kind == "sign" else 0.0
-        # distance at which it crosses the near line, and at which it becomes too small to count
-        z_near = focal * h / cfg.near_height if hanging else focal * spec["height"] / (cfg.near_line - spec["horizon"])
-        z_far = focal * cfg.image_size * min(w, h) / cfg.min_pixels
+        width = (about.length if facing == "side" else about.width) * scale
+        height = about.height * scale
+        y = rng.uniform(*about.heights) if about.heights else 0.0
+        # Nearer than z_near it counts as near (by its height if it hangs, by its lower edge on the road otherwise);
+        # farther than z_far it is too small to count.
+        if about.heights:
+            z_near = focal * height / cfg.near_height
+        else:
+            z_near = focal * spec["height"] / (cfg.near_line - spec["horizon"])
+        z_far = focal * cfg.image_size * min(width, height) / cfg.min_pixels
         is_near = rng.random() < 0.42 if near is None else near
-        low, high = (0.62 * z_near, 0.97 * z_near) if is_near else (1.04 * z_near, max(0.92 * z_far, 1.3 * z_near))
+        if is_near:
+            low, high = 0.62 * z_near, 0.97 * z_near
+        else:
+            low, high = 1.04 * z_near, max(0.92 * z_far, 1.3 * z_near)
+        # A few are too small to count, which makes questions about them ambiguous.
         if near is None and rng.random() < 0.06:
-            low, high = z_far, 2 * z_far                         # too small to count: makes its questions ambiguous
-        if hanging:
+            low, high = z_far, 2 * z_far
+        if about.heights:
+            # Nearer than that, what hangs is above the picture.
             low, high = max(low, 6.0), max(high, 7.0)
+        # Apparent size goes with 1 / z: even in the logarithm of z, large and small ones are equally frequent.
         z = low * (min(high, 30.0) / low) ** rng.random() if high > low else low
-        where = rng.choice(commands.PLACES) if place is None else place
-        u = (commands.PLACES.index(where) + rng.uniform(0.06, 0.94)) / 3
-        o = dict(kind=kind, x=(u - spec["centre"]) * z / focal, y=y, z=z, w=w, h=h, facing=facing,
-                 colour=rng.choice(commands.COLOURS + (rng.choice(("none", "back")),)) if kind == "light"
-                 else rng.choice(PAINTS), look=rng.randrange(2**31))
-        if rng.random() < 0.9 and kind == "light" and o["colour"] in ("none", "back"):
-            o["colour"] = rng.choice(commands.COLOURS)
-        if all(abs(o["x"] - p["x"]) > (o["w"] + p["w"]) / 2 or abs(o["z"] - p["z"]) > 1.2 or hanging != (p["y"] > 0)
-               for p in spec["objects"]) and _overlap(o, spec) < 0.5:
+        # Its place in the picture is drawn first; its place on the road follows.
+        third = commands.PLACES.index(rng.choice(commands.PLACES) if place is None else place)
+        u = (third + rng.uniform(0.06, 0.94)) / 3
+        if kind == "light":
+            colour = rng.choice(commands.COLOURS + (rng.choice(("none", "back")),))
+        else:
+            colour = rng.choice(PAINTS)
+        look = rng.randrange(2**31)
+        # Few heads are dark or seen from behind.
+        if rng.random() < 0.9 and colour in ("none", "back"):
+            colour = rng.choice(commands.COLOURS)
+        x = (u - spec["centre"]) * z / focal
+        o = dict(kind=kind, x=x, y=y, z=z, w=width, h=height, facing=facing, colour=colour, look=look)
+        if all(clear_of(o, other, spec) for other in spec["objects"]):
             return o
     return None
+
+
+def clear_of(o, other, spec):
+    """Whether two objects do not stand in each other, and neither hides half of the other."""
+    across = abs(o["x"] - other["x"]) <= (o["w"] + other["w"]) / 2
+    along = abs(o["z"] - other["z"]) <= 1.2
+    if across and along and (o["y"] > 0) == (other["y"] > 0):
+        return False
+    a = clipped(object_box(spec, o))
+    b = clipped(object_box(spec, other))
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return width <= 0 or height <= 0 or width * height < 0.5 * min(area(a), area(b))
 
 
 def project(spec, x, y, z):
@@ -158,127 +219,162 @@ def project(spec, x, y, z):
 
 
 def object_box(spec, o):
-    """(x1, y1, x2, y2) of an object in picture shares, not clipped."""
+    """(x1, y1, x2, y2) of an object in shares of the picture, not clipped."""
     x1, y2 = project(spec, o["x"] - o["w"] / 2, o["y"], o["z"])
     x2, y1 = project(spec, o["x"] + o["w"] / 2, o["y"] + o["h"], o["z"])
     return x1, y1, x2, y2
 
 
-def inside(box):
+def clipped(box):
     """A box cut at the borders of the picture."""
-    return tuple(min(max(v, 0.0), 1.0) for v in box)
+    return [min(max(v, 0.0), 1.0) for v in box]
 
 
 def area(box):
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _overlap(o, spec):
-    """Largest share of a box that another one covers, between `o` and the objects of `spec`."""
-    a, worst = inside(object_box(spec, o)), 0.0
-    for p in spec["objects"]:
-        b = inside(object_box(spec, p))
-        common = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-        worst = max(worst, common / max(min(area(a), area(b)), 1e-9))
-    return worst
-
-
 def part_boxes(o, box):
-    """[(category, box)]: a cyclist is a rider and a bicycle, everything else is itself."""
-    x1, y1, x2, y2 = box
-    categories = KINDS[o["kind"]][4]
+    """[(category, box)]: a cyclist is a rider and a bicycle, everything else is one thing."""
+    categories = KINDS[o["kind"]].categories
     if len(categories) == 1:
         return [(categories[0], box)]
+    x1, y1, x2, y2 = box
     inset = 0.18 * (x2 - x1) if o["facing"] == "side" else 0
-    return [(categories[0], (x1 + inset, y1, x2 - inset, y1 + 0.78 * (y2 - y1))),
-            (categories[1], (x1, y1 + 0.40 * (y2 - y1), x2, y2))]
+    # The two boxes overlap, as they do in BDD100K.
+    person = (x1 + inset, y1, x2 - inset, y1 + 0.78 * (y2 - y1))
+    vehicle = (x1, y1 + 0.40 * (y2 - y1), x2, y2)
+    return list(zip(categories, (person, vehicle)))
 
 
 def scene_frame(spec, cfg):
-    """The BDD100K-format record of a spec, boxes in pixels of the drawn picture."""
-    size, labels = cfg.image_size, []
+    """The BDD100K-format record of a spec, boxes in pixels of the drawn picture; mark_occluded() adds what it lacks."""
+    size = cfg.image_size
+    labels = []
     for o in sorted(spec["objects"], key=lambda o: -o["z"]):
         for category, box in part_boxes(o, object_box(spec, o)):
-            clipped = inside(box)
-            left = area(clipped) / area(box)
-            if left < 0.15 or min(clipped[2] - clipped[0], clipped[3] - clipped[1]) * size < 2:
+            inside = clipped(box)
+            share = area(inside) / area(box)
+            # No annotator would draw a box around what has nearly left the picture.
+            if share < 0.15 or min(inside[2] - inside[0], inside[3] - inside[1]) * size < 2:
                 continue
-            colour = o["colour"] if category == "traffic light" and o["colour"] in commands.COLOURS else "none"
-            labels.append(dict(category=category, box2d={k: round(v * size, 2)
-                                                         for k, v in zip(("x1", "y1", "x2", "y2"), clipped)},
-                               attributes=dict(trafficLightColor=colour, truncated=left < 0.95)))
-    return dict(name=spec["name"] + ".png", labels=labels,
-                attributes=dict(weather=spec["weather"], timeofday=spec["timeofday"], scene=spec["scene"]))
+            lit = category == "traffic light" and o["colour"] in commands.COLOURS
+            attributes = dict(trafficLightColor=o["colour"] if lit else "none", truncated=share < 0.95)
+            edges = [round(v * size, 2) for v in inside]
+            labels.append(dict(category=category, box2d=dict(zip(EDGES, edges)), attributes=attributes))
+    conditions = {name: spec[name] for name in DRAWN_VALUES}
+    return dict(name=spec["name"] + ".png", labels=labels, attributes=conditions)
 
 
 # ---- scenes: drawing ----
 
 class Brush:
-    """ImageDraw in picture shares or in shares of a box, with haze by distance and the light of the time of day."""
+    """ImageDraw in shares of the picture or of a box, with haze by distance."""
 
-    def __init__(self, image, haze, haze_colour):
-        self.draw, self.size = ImageDraw.Draw(image), image.size[0]
-        self.haze, self.haze_colour, self.blend = haze, haze_colour, 0.0
-        self.frame = (0.0, 0.0, 1.0, 1.0)
+    def __init__(self, image, haze):
+        self.draw = ImageDraw.Draw(image)
+        self.size = image.size[0]
+        self.haze = haze
+        self.within((0.0, 0.0, 1.0, 1.0), 0.0)
 
     def within(self, box, z):
-        """Draw in shares of `box` from now on, hazed for distance z."""
-        self.frame, self.blend = box, 1 - math.exp(-self.haze * z)
+        """Draw in shares of `box` from now on, with the haze of distance z."""
+        self.frame = box
+        # Beer-Lambert: light from behind more air is replaced by the air's own.
+        self.blend = 1 - math.exp(-self.haze * z)
 
-    def _points(self, points):
+    def points(self, points):
         x1, y1, x2, y2 = self.frame
         return [((x1 + u * (x2 - x1)) * self.size, (y1 + v * (y2 - y1)) * self.size) for u, v in points]
 
-    def _tint(self, colour, shade=1.0):
-        b = self.blend
-        return tuple(int(min(255, c * shade) * (1 - b) + h * b) for c, h in zip(colour, self.haze_colour))
+    def tint(self, colour, shade):
+        clear = 1 - self.blend
+        return tuple([int(min(255, c * shade) * clear + air * self.blend) for c, air in zip(colour, AIR)])
 
     def poly(self, points, colour, shade=1.0):
-        self.draw.polygon(self._points(points), fill=self._tint(colour, shade))
+        self.draw.polygon(self.points(points), self.tint(colour, shade))
 
     def rect(self, u1, v1, u2, v2, colour, shade=1.0):
-        (x1, y1), (x2, y2) = self._points([(u1, v1), (u2, v2)])
-        self.draw.rectangle((x1, y1, max(x1, x2 - 0.5), max(y1, y2 - 0.5)), fill=self._tint(colour, shade))
+        self.trapezoid((u1, u2, v1), (u1, u2, v2), colour, shade)
+
+    def trapezoid(self, upper, lower, colour, shade=1.0):
+        """A shape between two level edges, each (left, right, height)."""
+        (a, b, top), (c, d, bottom) = upper, lower
+        self.poly([(a, top), (b, top), (d, bottom), (c, bottom)], colour, shade)
 
     def oval(self, u1, v1, u2, v2, colour, shade=1.0, ring=0):
-        (x1, y1), (x2, y2) = self._points([(u1, v1), (u2, v2)])
-        if ring:
-            self.draw.ellipse((x1, y1, x2, y2), outline=self._tint(colour, shade),
-                              width=max(1, round(ring * (y2 - y1))))
-        else:
-            self.draw.ellipse((x1, y1, x2, y2), fill=self._tint(colour, shade))
+        """ring: draw the outline alone, this wide, as a share of the height."""
+        (x1, y1), (x2, y2) = self.points([(u1, v1), (u2, v2)])
+        tint = self.tint(colour, shade)
+        self.draw.ellipse((x1, y1, x2, y2), None if ring else tint, tint, max(1, round(ring * (y2 - y1))))
 
     def line(self, points, colour, width, shade=1.0):
+        """A line through all points; width: as a share of the box's height."""
         thick = max(1, round(width * (self.frame[3] - self.frame[1]) * self.size))
-        self.draw.line(self._points(points), fill=self._tint(colour, shade), width=thick)
+        self.draw.line(self.points(points), self.tint(colour, shade), thick)
 
 
-DARK, GLASS, TYRE, METAL = (24, 24, 28), (58, 74, 92), (22, 22, 24), (120, 122, 126)
+AIR = (206, 212, 218)
+DARK = (24, 24, 28)
+GLASS = (58, 74, 92)
+TYRE = (22, 22, 24)
+METAL = (120, 122, 126)
+WHITE = (244, 244, 240)
+RED_LAMP = (235, 40, 30)
+WHITE_LAMP = (255, 250, 214)
+SIGN_RED = (208, 28, 36)
+WALLS = ((176, 140, 116), (160, 160, 166), (196, 184, 160), (130, 96, 84), (206, 206, 200), (110, 120, 134))
+WINDOW = (70, 86, 104)
+SKIES = ((70, 130, 210), (96, 156, 226), (120, 170, 230))
+CROWNS = ((52, 106, 48), (76, 128, 54), (40, 86, 56))
+SNOW = (232, 234, 238)
+
+# Each draw function gets a Brush that is within the object's box, the object, and the object's own generator. Nothing
+# is drawn that would be smaller than a pixel at 128 x 128 for most objects: no plates, door lines or stripes.
+
+
+def lamp_of(o):
+    return RED_LAMP if o["facing"] == "rear" else WHITE_LAMP
+
+
+def lamps(b, o, top, bottom):
+    """Both lamps of a vehicle seen from behind or from the front."""
+    b.rect(0.04, top, 0.20, bottom, lamp_of(o))
+    b.rect(0.80, top, 0.96, bottom, lamp_of(o))
+
+
+def tyres(b, top):
+    """Both tyres of a vehicle seen from behind or from the front, down to the road."""
+    b.rect(0.04, top, 0.23, 1, TYRE)
+    b.rect(0.77, top, 0.96, 1, TYRE)
+
+
+def wheels(b, radius, top, centres):
+    """Wheels of a vehicle seen from the side, down to the road; radius: as a share of the width."""
+    rim = 0.3 * (1 - top)
+    for u in centres:
+        b.oval(u - radius, top, u + radius, 1, TYRE)
+        b.oval(u - 0.4 * radius, top + rim, u + 0.4 * radius, 1 - rim, METAL)
 
 
 def draw_car(b, o, rng):
-    paint, cabin = o["colour"], rng.uniform(0.30, 0.42)
+    paint = o["colour"]
+    cabin = rng.uniform(0.30, 0.42)                              # where the windows end
     if o["facing"] == "side":
-        f = rng.uniform(0.14, 0.24)
-        b.poly([(f + 0.06, 0), (0.74, 0), (0.92, cabin + 0.04), (0.03 + f / 2, cabin + 0.04)], paint, 0.85)
-        b.poly([(f + 0.09, 0.07), (0.48, 0.07), (0.48, cabin), (f, cabin)], GLASS)
-        b.poly([(0.52, 0.07), (0.72, 0.07), (0.84, cabin), (0.52, cabin)], GLASS)
+        front = rng.uniform(0.14, 0.24)
+        b.trapezoid((front + 0.06, 0.74, 0), (0.03 + front / 2, 0.92, cabin + 0.04), paint, 0.85)
+        b.trapezoid((front + 0.09, 0.72, 0.07), (front, 0.84, cabin), GLASS)
+        b.rect(0.48, 0, 0.52, cabin, paint, 0.85)
         b.rect(0, cabin, 1, 0.82, paint)
         b.rect(0, 0.70, 1, 0.84, paint, 0.6)
-        for u in (0.20, 0.80):
-            b.oval(u - 0.10, 0.66, u + 0.10, 1, TYRE)
-            b.oval(u - 0.045, 0.76, u + 0.045, 0.90, METAL)
+        wheels(b, 0.10, 0.66, (0.20, 0.80))
         return
-    b.poly([(0.20, 0), (0.80, 0), (0.95, cabin + 0.06), (0.05, cabin + 0.06)], paint, 0.85)
-    b.poly([(0.24, 0.06), (0.76, 0.06), (0.86, cabin), (0.14, cabin)], GLASS)
+    b.trapezoid((0.20, 0.80, 0), (0.05, 0.95, cabin + 0.06), paint, 0.85)
+    b.trapezoid((0.24, 0.76, 0.06), (0.14, 0.86, cabin), GLASS)
     b.rect(0, cabin, 1, 0.86, paint)
-    b.rect(0.03, 0.80, 0.22, 1, TYRE)
-    b.rect(0.78, 0.80, 0.97, 1, TYRE)
+    tyres(b, 0.80)
     b.rect(0, 0.74, 1, 0.87, paint, 0.6)
-    lamp = (235, 40, 30) if o["facing"] == "rear" else (255, 250, 214)
-    b.rect(0.03, cabin + 0.10, 0.20, cabin + 0.22, lamp)
-    b.rect(0.80, cabin + 0.10, 0.97, cabin + 0.22, lamp)
-    b.rect(0.38, 0.66, 0.62, 0.75, (228, 228, 220))
+    lamps(b, o, cabin + 0.10, cabin + 0.22)
 
 
 def draw_truck(b, o, rng):
@@ -286,120 +382,120 @@ def draw_truck(b, o, rng):
     cargo = rng.choice(((232, 232, 228), (196, 188, 170), (140, 150, 160), paint))
     if o["facing"] == "side":
         b.rect(0, 0, 0.74, 0.84, cargo)
-        for k in range(1, 6):
-            b.line([(0.74 * k / 6, 0), (0.74 * k / 6, 0.84)], cargo, 0.02, 0.75)
-        b.poly([(0.76, 0.30), (0.92, 0.30), (1, 0.56), (1, 0.88), (0.76, 0.88)], paint)
-        b.poly([(0.80, 0.35), (0.91, 0.35), (0.97, 0.56), (0.80, 0.56)], GLASS)
+        b.trapezoid((0.76, 0.92, 0.30), (0.76, 1, 0.56), paint)
+        b.trapezoid((0.80, 0.91, 0.35), (0.80, 0.97, 0.56), GLASS)
+        b.rect(0.76, 0.56, 1, 0.88, paint)
         b.rect(0, 0.82, 1, 0.88, DARK)
-        for u in (0.12, 0.28, 0.86):
-            b.oval(u - 0.065, 0.76, u + 0.065, 1, TYRE)
+        wheels(b, 0.065, 0.76, (0.12, 0.28, 0.86))
         return
     if o["facing"] == "rear":
         b.rect(0, 0, 1, 0.84, cargo)
-        b.rect(0.04, 0.03, 0.96, 0.80, cargo, 0.88)
-        b.line([(0.5, 0.03), (0.5, 0.80)], DARK, 0.015)
-        for v in (0.25, 0.5):
-            b.line([(0.30, v), (0.70, v)], METAL, 0.015)
-        b.rect(0, 0.82, 1, 0.89, DARK)
-        b.rect(0.02, 0.82, 0.16, 0.88, (235, 40, 30))
-        b.rect(0.84, 0.82, 0.98, 0.88, (235, 40, 30))
+        b.rect(0.05, 0.04, 0.95, 0.78, cargo, 0.86)              # the doors
+        b.rect(0, 0.82, 1, 0.90, DARK)
+        lamps(b, o, 0.81, 0.88)
     else:
         b.rect(0, 0, 1, 0.45, cargo)
         b.rect(0.03, 0.26, 0.97, 0.90, paint)
         b.rect(0.09, 0.32, 0.91, 0.55, GLASS)
         b.rect(0.24, 0.62, 0.76, 0.80, DARK)
-        b.rect(0.05, 0.70, 0.19, 0.79, (255, 250, 214))
-        b.rect(0.81, 0.70, 0.95, 0.79, (255, 250, 214))
-    b.rect(0.05, 0.87, 0.25, 1, TYRE)
-    b.rect(0.75, 0.87, 0.95, 1, TYRE)
+        lamps(b, o, 0.70, 0.79)
+    tyres(b, 0.88)
 
 
 def draw_bus(b, o, rng):
-    paint, sign = o["colour"], (255, 176, 40)
-    if o["facing"] == "side":
-        b.rect(0, 0, 1, 0.88, paint)
-        b.rect(0.02, 0.16, 0.98, 0.50, GLASS, 1.25)
-        for k in range(1, 8):
-            b.line([(k / 8, 0.16), (k / 8, 0.50)], paint, 0.03)
-        b.rect(0, 0.62, 1, 0.70, (240, 240, 236))
-        b.rect(0.62, 0.04, 0.92, 0.12, sign)
-        for u in (0.18, 0.80):
-            b.oval(u - 0.06, 0.78, u + 0.06, 1, TYRE)
-        return
+    paint = o["colour"]
+    route = (255, 176, 40)                                       # the sign that shows the route
     b.rect(0, 0, 1, 0.90, paint)
+    b.rect(0, 0.63, 1, 0.70, WHITE)
+    if o["facing"] == "side":
+        for left in (0.02, 0.22, 0.42, 0.62, 0.82):
+            b.rect(left, 0.16, left + 0.17, 0.50, GLASS, 1.25)
+        b.rect(0.62, 0.04, 0.92, 0.12, route)
+        wheels(b, 0.06, 0.78, (0.18, 0.80))
+        return
     b.rect(0.14, 0.03, 0.86, 0.13, DARK)
-    b.rect(0.22, 0.05, 0.78, 0.11, sign)
+    b.rect(0.20, 0.05, 0.80, 0.11, route)
     b.rect(0.06, 0.17, 0.94, 0.56, GLASS, 1.25)
-    b.line([(0.5, 0.17), (0.5, 0.56)], paint, 0.02)
-    b.rect(0, 0.64, 1, 0.70, (240, 240, 236))
-    lamp = (235, 40, 30) if o["facing"] == "rear" else (255, 250, 214)
-    b.rect(0.05, 0.75, 0.20, 0.83, lamp)
-    b.rect(0.80, 0.75, 0.95, 0.83, lamp)
-    b.rect(0.06, 0.88, 0.24, 1, TYRE)
-    b.rect(0.76, 0.88, 0.94, 1, TYRE)
+    lamps(b, o, 0.75, 0.83)
+    tyres(b, 0.88)
 
 
 def draw_pedestrian(b, o, rng):
-    shirt, legs, skin, step = o["colour"], rng.choice(CLOTHES), rng.choice(SKINS), rng.uniform(0.05, 0.24)
-    b.line([(0.5, 0.52), (0.5 - step * 1.4, 0.99)], legs, 0.075, 0.8)
-    b.line([(0.5, 0.52), (0.5 + step * 1.4, 0.99)], legs, 0.075, 0.7)
-    b.poly([(0.24, 0.20), (0.76, 0.20), (0.70, 0.56), (0.30, 0.56)], shirt)
-    b.line([(0.24, 0.22), (0.05 + step / 2, 0.50)], shirt, 0.055, 0.85)
-    b.line([(0.76, 0.22), (0.95 - step / 2, 0.50)], shirt, 0.055, 0.85)
+    shirt = o["colour"]
+    legs = rng.choice(CLOTHES)
+    skin = rng.choice(SKINS)
+    step = rng.uniform(0.05, 0.24)
+    for side in (-1, 1):
+        b.line([(0.5, 0.52), (0.5 + side * step * 1.4, 0.99)], legs, 0.075, 0.75)
+        b.line([(0.5 + side * 0.26, 0.22), (0.5 + side * (0.45 - step / 2), 0.50)], shirt, 0.055, 0.85)
+    b.trapezoid((0.24, 0.76, 0.20), (0.30, 0.70, 0.56), shirt)
     b.oval(0.31, 0, 0.69, 0.18, skin)
     b.oval(0.31, 0, 0.69, 0.10, rng.choice(((40, 28, 20), (90, 60, 30), (180, 150, 90), (20, 20, 20))))
 
 
-def draw_cycle(b, o, rng, top=0.0):
-    """Bicycle or motorcycle in the lower part of the box from `top` down."""
-    def v(x):
-        return top + x * (1 - top)
-    motor, paint = "motor" in o["kind"], o["colour"]
+def draw_narrow(b):
+    """What a bicycle and a motorcycle have in common from behind or from the front: handlebar and tyre."""
+    b.line([(0.04, 0.10), (0.96, 0.10)], METAL, 0.06)
+    b.rect(0.40, 0.42, 0.60, 1, TYRE)
+
+
+def draw_bicycle(b, o, rng):
+    paint = o["colour"]
     if o["facing"] != "side":
-        b.line([(0.04, v(0.10)), (0.96, v(0.10))], METAL, 0.06)
-        b.rect(0.40, v(0.42), 0.60, 1, TYRE)
-        if motor:
-            b.poly([(0.22, v(0.22)), (0.78, v(0.22)), (0.66, v(0.72)), (0.34, v(0.72))], paint)
-            lamp = (235, 40, 30) if o["facing"] == "rear" else (255, 250, 214)
-            b.oval(0.38, v(0.26), 0.62, v(0.46), lamp)
-        else:
-            b.line([(0.5, v(0.10)), (0.5, v(0.60))], paint, 0.07)
+        draw_narrow(b)
+        b.line([(0.5, 0.10), (0.5, 0.60)], paint, 0.08)
         return
-    r = 0.19 if not motor else 0.17
-    for u in (r, 1 - r):
-        b.oval(u - r, v(0.42 if not motor else 0.48), u + r, 1, TYRE, ring=0.10 if not motor else 0.24)
-    if motor:
-        b.poly([(0.16, v(0.62)), (0.22, v(0.28)), (0.52, v(0.34)), (0.74, v(0.24)), (0.84, v(0.62)), (0.5, v(0.84))],
-               paint)
-        b.rect(0.40, v(0.58), 0.62, v(0.86), METAL)
-        b.rect(0.12, v(0.22), 0.52, v(0.34), DARK)
-        b.line([(0.82, v(0.72)), (0.70, v(0.04))], METAL, 0.05)
-    else:
-        hub, seat, head, crank = (r, v(0.71)), (0.36, v(0.20)), (0.70, v(0.16)), (0.48, v(0.72))
-        for a, c in ((hub, seat), (seat, crank), (hub, crank), (seat, head), (crank, head), (head, (1 - r, v(0.71)))):
-            b.line([a, c], paint, 0.045)
-        b.line([(0.28, v(0.15)), (0.44, v(0.15))], DARK, 0.05)
-        b.line([head, (0.68, v(0.03)), (0.80, v(0.01))], DARK, 0.045)
+    hub = (0.19, 0.71)
+    front = (0.81, 0.71)
+    seat = (0.36, 0.18)
+    head = (0.70, 0.14)
+    crank = (0.48, 0.72)
+    for u, _ in (hub, front):
+        b.oval(u - 0.19, 0.42, u + 0.19, 1, TYRE, ring=0.10)
+    b.line([front, head, seat, hub, crank, head], paint, 0.055)
+    b.line([seat, crank], paint, 0.055)
+    b.line([head, (0.68, 0.03), (0.80, 0.01)], DARK, 0.055)
+
+
+def draw_motorcycle(b, o, rng):
+    paint = o["colour"]
+    if o["facing"] != "side":
+        draw_narrow(b)
+        b.trapezoid((0.22, 0.78, 0.22), (0.34, 0.66, 0.72), paint)
+        b.oval(0.38, 0.26, 0.62, 0.46, lamp_of(o))
+        return
+    for u in (0.17, 0.83):
+        b.oval(u - 0.17, 0.48, u + 0.17, 1, TYRE, ring=0.24)
+    b.trapezoid((0.20, 0.76, 0.26), (0.16, 0.84, 0.62), paint)
+    b.rect(0.38, 0.60, 0.64, 0.86, METAL)
+    b.rect(0.12, 0.22, 0.50, 0.34, DARK)
+    b.line([(0.82, 0.72), (0.70, 0.04)], METAL, 0.06)
 
 
 def draw_rider(b, o, rng):
-    draw_cycle(b, o, rng, top=0.40)
-    shirt, legs, helmet = rng.choice(CLOTHES), rng.choice(CLOTHES), rng.choice(PAINTS)
-    lo, hi = (0.30, 0.66) if o["facing"] == "side" else (0.16, 0.84)
+    """A person on a bicycle or motorcycle, which fills the lower 60% of the box."""
+    # The vehicle is drawn in its own part of the box, the person in all of it.
+    whole = b.frame
+    category, b.frame = part_boxes(o, whole)[1]
+    DRAW[category](b, o, rng)
+    b.frame = whole
+    shirt = rng.choice(CLOTHES)
+    legs = rng.choice(CLOTHES)
+    helmet = rng.choice(PAINTS)
+    skin = rng.choice(SKINS)
     if o["facing"] == "side":
         b.line([(0.40, 0.46), (0.56, 0.58), (0.48, 0.76)], legs, 0.085, 0.8)
-        b.poly([(0.50, 0.17), (0.68, 0.20), (0.50, 0.50), (0.30, 0.50)], shirt)
+        b.trapezoid((0.50, 0.68, 0.18), (0.30, 0.50, 0.50), shirt)
         b.line([(0.62, 0.22), (0.72, 0.44)], shirt, 0.055, 0.8)
-        b.oval(0.52, 0, 0.74, 0.19, rng.choice(SKINS))
-        b.poly([(0.50, 0.10), (0.53, 0.0), (0.71, 0.0), (0.77, 0.09)], helmet)
-    else:
-        b.line([(0.32, 0.50), (0.26, 0.76)], legs, 0.085, 0.8)
-        b.line([(0.68, 0.50), (0.74, 0.76)], legs, 0.085, 0.8)
-        b.poly([(lo, 0.18), (hi, 0.18), (0.70, 0.54), (0.30, 0.54)], shirt)
-        b.line([(lo, 0.20), (0.06, 0.44)], shirt, 0.055, 0.8)
-        b.line([(hi, 0.20), (0.94, 0.44)], shirt, 0.055, 0.8)
-        b.oval(0.33, 0, 0.67, 0.19, rng.choice(SKINS))
-        b.poly([(0.31, 0.10), (0.36, 0), (0.64, 0), (0.69, 0.10)], helmet)
+        b.oval(0.52, 0, 0.74, 0.19, skin)
+        b.oval(0.50, 0, 0.76, 0.10, helmet)
+        return
+    for side in (-1, 1):
+        b.line([(0.5 + side * 0.18, 0.50), (0.5 + side * 0.24, 0.76)], legs, 0.085, 0.8)
+        b.line([(0.5 + side * 0.34, 0.20), (0.5 + side * 0.44, 0.44)], shirt, 0.055, 0.8)
+    b.trapezoid((0.16, 0.84, 0.18), (0.30, 0.70, 0.54), shirt)
+    b.oval(0.33, 0, 0.67, 0.19, skin)
+    b.oval(0.31, 0, 0.69, 0.10, helmet)
 
 
 LAMPS = {"red": (255, 36, 30), "yellow": (255, 200, 20), "green": (30, 235, 110)}
@@ -409,130 +505,135 @@ def draw_light(b, o, rng):
     b.rect(0, 0, 1, 1, (14, 14, 16))
     if o["colour"] == "back":
         b.rect(0.12, 0.05, 0.88, 0.95, (66, 68, 70))
-        for v in (0.34, 0.66):
-            b.line([(0.12, v), (0.88, v)], DARK, 0.02)
         return
-    for i, colour in enumerate(("red", "yellow", "green")):
-        lit = o["colour"] == colour
-        b.oval(0.16, 0.04 + 0.32 * i, 0.84, 0.32 + 0.32 * i, LAMPS[colour] if lit else (48, 46, 46))
-        if lit:
-            b.oval(0.34, 0.11 + 0.32 * i, 0.62, 0.22 + 0.32 * i, tuple(min(255, c + 70) for c in LAMPS[colour]))
+    for i, (colour, lit) in enumerate(LAMPS.items()):
+        top = 0.04 + 0.32 * i
+        b.oval(0.16, top, 0.84, top + 0.28, lit if o["colour"] == colour else (48, 46, 46))
 
 
 def draw_sign(b, o, rng):
-    shape = rng.choice(("round", "triangle", "diamond", "square", "stop"))
+    shape = rng.choice(("round", "no entry", "triangle", "diamond", "square"))
     if shape == "round":
-        b.oval(0, 0, 1, 1, (208, 28, 36))
-        b.oval(0.16, 0.16, 0.84, 0.84, (244, 244, 240))
-        b.rect(0.34, 0.40, 0.66, 0.60, DARK)
+        b.oval(0, 0, 1, 1, SIGN_RED)
+        b.oval(0.16, 0.16, 0.84, 0.84, WHITE)
+    elif shape == "no entry":
+        b.oval(0, 0, 1, 1, SIGN_RED)
+        b.rect(0.16, 0.40, 0.84, 0.60, WHITE)
     elif shape == "triangle":
-        b.poly([(0.5, 0), (1, 1), (0, 1)], (208, 28, 36))
-        b.poly([(0.5, 0.28), (0.80, 0.88), (0.20, 0.88)], (244, 244, 240))
+        b.trapezoid((0.5, 0.5, 0), (0, 1, 1), SIGN_RED)
+        b.trapezoid((0.5, 0.5, 0.28), (0.20, 0.80, 0.88), WHITE)
     elif shape == "diamond":
-        b.poly([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)], (244, 244, 240))
-        b.poly([(0.5, 0.10), (0.90, 0.5), (0.5, 0.90), (0.10, 0.5)], (246, 190, 30))
-    elif shape == "square":
-        b.rect(0, 0, 1, 1, (28, 84, 170))
-        b.poly([(0.5, 0.14), (0.80, 0.50), (0.60, 0.50), (0.60, 0.86), (0.40, 0.86), (0.40, 0.50), (0.20, 0.50)],
-               (244, 244, 240))
+        b.poly([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)], (246, 190, 30))
     else:
-        b.poly([(0.3, 0), (0.7, 0), (1, 0.3), (1, 0.7), (0.7, 1), (0.3, 1), (0, 0.7), (0, 0.3)], (200, 24, 30))
-        b.rect(0.16, 0.40, 0.84, 0.60, (244, 244, 240))
+        b.rect(0, 0, 1, 1, (28, 84, 170))
+        b.trapezoid((0.5, 0.5, 0.14), (0.20, 0.80, 0.50), WHITE)
+        b.rect(0.40, 0.50, 0.60, 0.86, WHITE)
 
 
-DRAW = {"car": draw_car, "truck": draw_truck, "bus": draw_bus, "pedestrian": draw_pedestrian, "bicycle": draw_cycle,
-        "motorcycle": draw_cycle, "cyclist": draw_rider, "motorcyclist": draw_rider, "light": draw_light,
+DRAW = {"car": draw_car, "truck": draw_truck, "bus": draw_bus, "pedestrian": draw_pedestrian, "bicycle": draw_bicycle,
+        "motorcycle": draw_motorcycle, "cyclist": draw_rider, "motorcyclist": draw_rider, "light": draw_light,
         "sign": draw_sign}
 
 
 def draw_background(b, spec, rng):
     """Sky, ground, road with its markings, pavements, buildings and trees."""
-    weather, horizon = spec["weather"], spec["horizon"]
-    snow, grey = weather == "snowy", weather in ("overcast", "rainy", "foggy", "snowy")
-    zenith = (168, 174, 182) if grey else rng.choice(((70, 130, 210), (96, 156, 226), (120, 170, 230)))
+    clear = spec["weather"] == "clear"
+    scenery = SCENERY[spec["scene"]]
+    horizon = spec["horizon"]
+    zenith = rng.choice(SKIES) if clear else (168, 174, 182)
+    # The lower the sky, the more air is in front of it.
     for k in range(8):
-        share = k / 7
-        b.rect(0, horizon * k / 8, 1, horizon * (k + 1) / 8 + 0.01,
-               tuple(int(z * (1 - share) + h * share) for z, h in zip(zenith, (214, 224, 234))))
-    if weather == "clear":
-        for _ in range(rng.randrange(4)):
-            u, v, w = rng.uniform(0, 1), rng.uniform(0.02, horizon * 0.6), rng.uniform(0.08, 0.25)
-            b.oval(u, v, u + w, v + w * 0.28, (240, 244, 250))
-    ground = {"city street": (150, 146, 140), "highway": (112, 128, 84), "residential": (104, 136, 76)}[spec["scene"]]
-    b.rect(0, horizon, 1, 1, (232, 234, 238) if snow else ground, rng.uniform(0.9, 1.1))
-    asphalt = rng.choice(((92, 92, 96), (108, 106, 104), (78, 80, 86)))
-    asphalt = tuple(int(0.5 * c + 100) for c in asphalt) if snow else asphalt
-
-    def strip(x1, x2, z1, z2, colour, shade=1.0):     # a quadrilateral on the ground
-        z1 = max(z1, 2.0)
-        b.poly([project(spec, x1, 0, z1), project(spec, x2, 0, z1), project(spec, x2, 0, z2), project(spec, x1, 0, z2)],
-               colour, shade)
-
-    half, shift = spec["half_road"], spec["shift"]
-    if spec["scene"] != "highway":
-        strip(shift - half - 2.5, shift - half, 2, 120, (170, 166, 160))
-        strip(shift + half, shift + half + 2.5, 2, 120, (170, 166, 160))
-    strip(shift - half, shift + half, 2, 200, asphalt)
+        b.blend = k / 8
+        b.rect(0, horizon * k / 8, 1, horizon * (k + 1) / 8, zenith)
+    b.blend = 0.0
+    for _ in range(rng.randrange(4) if clear else 0):
+        u = rng.uniform(0, 1)
+        v = rng.uniform(0.02, horizon * 0.6)
+        width = rng.uniform(0.08, 0.25)
+        b.oval(u, v, u + width, v + width * 0.28, (240, 244, 250))
+    ground = SNOW if spec["weather"] == "snowy" else scenery.ground
+    b.rect(0, horizon, 1, 1, ground, rng.uniform(0.9, 1.1))
+    draw_road(b, spec, rng)
     for side in (-1, 1):
-        edge = shift + side * half
-        strip(edge - 0.12, edge + 0.12, 2, 120, (226, 226, 222) if spec["scene"] == "highway" else (138, 134, 130))
-    for k in range(1, spec["lanes"]):
-        x = shift - half + 2 * half * k / spec["lanes"]
-        middle = k * 2 == spec["lanes"] and spec["scene"] != "highway"
-        if middle:
-            strip(x - 0.08, x + 0.08, 2, 120, (230, 190, 60))
-        else:
-            for z in range(3, 40, 5):
-                strip(x - 0.08, x + 0.08, z, z + 2.2, (232, 232, 228))
-    if spec["crosswalk"]:
-        z, x = spec["crosswalk"], shift - half + 0.3
-        while x < shift + half - 0.4:
-            strip(x, x + 0.5, z, z + 2.2, (234, 234, 230))
-            x += 1.0
-    walls = {"city street": 0.9, "residential": 0.55, "highway": 0.12}[spec["scene"]]
-    for side in (-1, 1):
+        # Plots along each side of the road, each with a house, a tree or nothing.
         z = rng.uniform(45, 70)
-        while z > 5:                                  # far to near, so that near ones cover far ones
-            depth, x = rng.uniform(6, 16), shift + side * (half + rng.uniform(3.2, 7))
-            if rng.random() < walls:
-                tall = rng.uniform(5, 18) if spec["scene"] == "city street" else rng.uniform(4, 7)
-                _building(b, spec, rng, x, side, max(z - depth, 4.0), z, tall)
+        # Far to near, so that near ones cover far ones.
+        while z > 5:
+            depth = rng.uniform(6, 16)
+            x = spec["shift"] + side * (spec["half_road"] + rng.uniform(3.2, 7))
+            if rng.random() < scenery.houses:
+                draw_building(b, spec, rng, x, side, max(z - depth, 4.0), z)
             elif rng.random() < 0.6:
-                _tree(b, spec, rng, x, z - depth / 2)
+                draw_tree(b, spec, rng, x, max(z - depth / 2, 5.0))
             z -= depth + rng.uniform(0.5, 5)
 
 
-def _building(b, spec, rng, x, side, z1, z2, tall):
-    wall = rng.choice(((176, 140, 116), (160, 160, 166), (196, 184, 160), (130, 96, 84), (206, 206, 200),
-                       (110, 120, 134)))
-    face = [project(spec, x, y, z) for y, z in ((0, z1), (tall, z1), (tall, z2), (0, z2))]
-    b.poly(face, wall, 0.82)
-    outer = x + side * 14
-    b.poly([project(spec, x, 0, z1), project(spec, outer, 0, z1), project(spec, outer, tall, z1),
-            project(spec, x, tall, z1)], wall)
-    pane = (70, 86, 104)
-    for floor in range(1, int(tall / 3) + 1):
-        y = floor * 3 - 1.6
-        z = z1 + 1
-        while z + 1.2 < z2 and z < z1 + 12:
-            b.poly([project(spec, x, y, z), project(spec, x, y + 1.4, z), project(spec, x, y + 1.4, z + 1.2),
-                    project(spec, x, y, z + 1.2)], pane)
-            z += 3
+def draw_road(b, spec, rng):
+    highway = spec["scene"] == "highway"
+    asphalt = rng.choice(((92, 92, 96), (108, 106, 104), (78, 80, 86)))
+    if spec["weather"] == "snowy":
+        asphalt = [0.5 * c + 100 for c in asphalt]
+    paint = (232, 232, 228)
+    left = spec["shift"] - spec["half_road"]
+    right = spec["shift"] + spec["half_road"]
+
+    def strip(x1, x2, z1, z2, colour):
+        """A rectangle on the ground, between x1 and x2 and between the distances z1 and z2."""
+        b.poly([project(spec, x, 0, z) for x, z in ((x1, z1), (x2, z1), (x2, z2), (x1, z2))], colour)
+
+    # The road covers the middle of this strip; what is left of it are the pavements.
+    if not highway:
+        strip(left - 2.5, right + 2.5, 2, 120, (170, 166, 160))
+    strip(left, right, 2, 200, asphalt)
+    for edge in (left, right):
+        strip(edge - 0.12, edge + 0.12, 2, 120, paint if highway else (138, 134, 130))
+    for k in range(1, spec["lanes"]):
+        x = left + (right - left) * k / spec["lanes"]
+        if 2 * k == spec["lanes"] and not highway:
+            strip(x - 0.08, x + 0.08, 2, 120, (230, 190, 60))
+        else:
+            for z in range(3, 40, 5):
+                strip(x - 0.08, x + 0.08, z, z + 2.2, paint)
+    if spec["crosswalk"]:
+        for k in range(int(right - left)):
+            strip(left + k + 0.3, left + k + 0.8, spec["crosswalk"], spec["crosswalk"] + 2.2, paint)
+
+
+def draw_building(b, spec, rng, x, side, z1, z2):
+    """A house at the side -1 or 1 of the road: its wall along the road at x, from z1 to z2, and its front at z1."""
+    tall = rng.uniform(*SCENERY[spec["scene"]].heights)
+    wall = rng.choice(WALLS)
+
+    def panel(xs, low, high, zs, colour, shade=1.0):
+        """An upright rectangle between two verticals, each with its x and z."""
+        lower, upper = ([project(spec, x, y, z) for x, z in zip(xs, zs)] for y in (low, high))
+        b.poly(lower + upper[::-1], colour, shade)
+
+    panel((x, x), 0, tall, (z1, z2), wall, 0.82)
+    panel((x, x + side * 14), 0, tall, (z1, z1), wall)
+    for low in range(1, int(tall) - 1, 3):
+        sill = low + 0.4
+        lintel = low + 1.8
         for k in range(3):
-            u1, v1 = project(spec, x + side * (1.2 + 3.2 * k), y + 1.4, z1)
-            u2, v2 = project(spec, x + side * (2.8 + 3.2 * k), y, z1)
-            b.rect(min(u1, u2), v1, max(u1, u2), v2, pane)
+            start = x + side * (1.2 + 3.2 * k)
+            panel((start, start + side * 1.6), sill, lintel, (z1, z1), WINDOW)
+        # Farther along the road a window would be narrower than a pixel.
+        z = z1 + 1
+        while z + 1.2 < min(z2, 45):
+            panel((x, x), sill, lintel, (z, z + 1.2), WINDOW)
+            z += 3
 
 
-def _tree(b, spec, rng, x, z):
-    z = max(z, 5.0)
+def draw_tree(b, spec, rng, x, z):
     u, v = project(spec, x, 0, z)
-    k = spec["focal"] / z
-    crown = rng.choice(((52, 106, 48), (76, 128, 54), (40, 86, 56))) if spec["weather"] != "snowy" else (206, 212, 214)
-    b.rect(u - 0.15 * k, v - 3 * k, u + 0.15 * k, v, (92, 70, 50))
+    metre = spec["focal"] / z                                    # in shares of the picture
+    crown = SNOW if spec["weather"] == "snowy" else rng.choice(CROWNS)
+    b.rect(u - 0.15 * metre, v - 3 * metre, u + 0.15 * metre, v, (92, 70, 50))
     for _ in range(3):
-        du, dv, r = rng.uniform(-0.8, 0.8) * k, rng.uniform(2.6, 4.6) * k, rng.uniform(0.9, 1.5) * k
-        b.oval(u + du - r, v - dv - r, u + du + r, v - dv + r, crown, rng.uniform(0.85, 1.15))
+        middle = u + rng.uniform(-0.8, 0.8) * metre
+        height = v - rng.uniform(2.6, 4.6) * metre
+        r = rng.uniform(0.9, 1.5) * metre
+        b.oval(middle - r, height - r, middle + r, height + r, crown, rng.uniform(0.85, 1.15))
 
 
 def draw_scene(spec, size):
@@ -541,56 +642,70 @@ def draw_scene(spec, size):
     The background, each object and the noise draw from generators of their own (the spec's seed and each object's
     `look`), so editing one object leaves every other pixel as it was.
     """
-    rng = random.Random(spec["seed"])
     haze = {"foggy": 0.055, "snowy": 0.02, "rainy": 0.015}.get(spec["weather"], 0.002)
+    # Drawn at twice the size, then halved: that smooths the edges.
     image = Image.new("RGB", (size * 2, size * 2))
-    b = Brush(image, haze, (206, 212, 218))
-    draw_background(b, spec, rng)
-    shadows = spec["weather"] == "clear" and spec["timeofday"] == "daytime"
+    b = Brush(image, haze)
+    draw_background(b, spec, random.Random(spec["seed"]))
+    sunny = spec["weather"] == "clear" and spec["timeofday"] == "daytime"
     for o in sorted(spec["objects"], key=lambda o: -o["z"]):
-        box, rng = object_box(spec, o), random.Random(o["look"])
+        box = object_box(spec, o)
         x1, y1, x2, y2 = box
-        if o["y"] > 0:                                 # what hangs has a pole
-            foot = project(spec, o["x"], 0, o["z"])[1]
+        width = x2 - x1
+        # What hangs has a pole; what stands in the sun has a shadow.
+        if o["y"] > 0:
             b.within((0, 0, 1, 1), o["z"])
-            u, thick = (x1 + x2) / 2, 0.12 * spec["focal"] / o["z"]
-            b.rect(u - thick / 2, y2, u + thick / 2, foot, (84, 86, 90))
-        elif shadows:
-            reach, flat = (x2 - x1) * 0.5, 0.10 * (x2 - x1) + 0.01
+            u, foot = project(spec, o["x"], 0, o["z"])
+            half = 0.06 * spec["focal"] / o["z"]
+            b.rect(u - half, y2, u + half, foot, (84, 86, 90))
+        elif sunny:
             b.within((0, 0, 1, 1), 0.0)
-            lean = spec["sun"] * (x2 - x1)
-            b.oval(x1 + min(lean, 0) + 0.1 * reach, y2 - flat, x2 + max(lean, 0) - 0.1 * reach, y2 + flat, (58, 58, 62))
+            lean = spec["sun"] * width
+            flat = 0.10 * width + 0.01
+            left = x1 + min(lean, 0) + 0.05 * width
+            right = x2 + max(lean, 0) - 0.05 * width
+            b.oval(left, y2 - flat, right, y2 + flat, (58, 58, 62))
         b.within(box, o["z"])
-        DRAW[o["kind"]](b, o, rng)
+        DRAW[o["kind"]](b, o, random.Random(o["look"]))
     image = image.reduce(2)
     if spec["blur"]:
-        image = image.filter(ImageFilter.GaussianBlur(spec["blur"]))
-    return _atmosphere(np.asarray(image, dtype=np.float32), spec)
+        image = image.filter(ImageFilter.BoxBlur(spec["blur"]))
+    return atmosphere(np.asarray(image, dtype=np.float32), spec)
 
 
-def _atmosphere(picture, spec):
+# Length of what falls in pixels (rain is streaks, snow is dots), what it leaves of the light, and how bright it is.
+FALLING = {"rainy": (4, 0.86, 44), "snowy": (1, 1, 110)}
+
+
+def atmosphere(picture, spec):
     """Light of the hour, rain or snow, gain and noise, all fixed by the spec's seed and pixel by pixel."""
+    # A generator of its own, so that the noise does not depend on what was drawn before.
     rng = np.random.default_rng(spec["seed"])
-    size = picture.shape[0]
+    size = len(picture)
     if spec["timeofday"] == "night":
-        bright = picture.max(2, keepdims=True) > 226       # lamps and lit things keep their light
+        # Lamps and lit things keep their light.
+        bright = picture.max(2, keepdims=True) > 226
         picture = np.where(bright, picture, picture * np.array([0.26, 0.28, 0.38], np.float32))
     elif spec["timeofday"] == "dawn/dusk":
         picture = picture * np.array([0.78, 0.62, 0.58], np.float32) + np.array([22, 10, 6], np.float32)
-    if spec["weather"] in ("rainy", "snowy"):
-        drops = np.zeros((size, size), np.float32)
+    if spec["weather"] in FALLING:
+        length, dim, light = FALLING[spec["weather"]]
+        drops = np.zeros((size, size, 1), np.float32)
         ys, xs = rng.integers(0, size, (2, size))
-        for k in range(4 if spec["weather"] == "rainy" else 1):
+        for k in range(length):
             drops[(ys + k) % size, xs] = 1
-        picture = picture * (0.86 if spec["weather"] == "rainy" else 1.0)
-        picture = picture + drops[..., None] * (44 if spec["weather"] == "rainy" else 110)
+        picture = picture * dim + drops * light
     elif spec["weather"] == "overcast":
         picture = picture * 0.88
-    picture = picture * spec["gain"] + rng.standard_normal(picture.shape, dtype=np.float32) * spec["noise"]
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    noise = rng.standard_normal(picture.shape, dtype=np.float32)
+    noise *= spec["noise"]
+    return (picture * spec["gain"] + noise).clip(0, 255).astype(np.uint8)
 
 
 # ---- twins ----
+
+TRIES = 40             # edits proposed for each question
+
 
 def apply_edit(spec, edit):
     """The spec after an edit {"remove": [indices], "add": [objects]}."""
@@ -598,63 +713,71 @@ def apply_edit(spec, edit):
     return dict(spec, objects=kept + edit["add"])
 
 
-def edits(spec, question, rng, cfg):
-    """Endless candidates for a minimal edit: remove, add, move or recolour one object that a question is about.
+def propose_edit(spec, question, rng, cfg):
+    """An edit that removes, adds, moves or recolours one object that `question` is about; None if it does not work out.
 
-    Yields None for a try that came to nothing (no such object, no free space).
+    It does not where there is no such object or no free space.
     """
-    names = [n for n in question.objects] or [c for c in commands.ROAD_USERS if c != "train"]
+    objects = spec["objects"]
+    # Questions about ways name no object: any road user may be in the way. No train is ever drawn.
+    names = list(question.objects) or [c for c in commands.ROAD_USERS if c != "train"]
     if question.family == "safety" and question.template != "change":
-        names = names + ["traffic light"]
-    lights = [i for i, o in enumerate(spec["objects"]) if o["kind"] == "light"]
-    while True:
-        category = rng.choice(names)
-        kind = KIND_OF.get(category, category)
-        about = [i for i, o in enumerate(spec["objects"]) if category in KINDS[o["kind"]][4]]
-        does, edit = rng.choice(("remove", "add", "move", "recolour")), None
-        if does == "recolour" and category == "traffic light" and len(lights) == 1:
-            o = spec["objects"][lights[0]]
-            colour = rng.choice([c for c in commands.COLOURS if c != o["colour"]])
-            edit = dict(kind="recolour", remove=lights, add=[dict(o, colour=colour)])
-        elif does == "remove" and about:
-            edit = dict(kind="remove", remove=[rng.choice(about)], add=[])
-        elif does == "add" and kind in KINDS:
-            o = sample_object(rng, spec, kind, cfg, question.place or None, rng.random() < 0.5)
-            edit = o and dict(kind="add", remove=[], add=[o])
-        elif does == "move" and about:
-            i = rng.choice(about)
-            old, others = spec["objects"][i], [p for j, p in enumerate(spec["objects"]) if j != i]
-            o = sample_object(rng, dict(spec, objects=others), old["kind"], cfg)
-            edit = o and dict(kind="move", remove=[i], add=[dict(old, x=o["x"], z=o["z"])])
-        yield edit
+        names.append("traffic light")
+    category = rng.choice(names)
+    kind = KIND_OF.get(category, category)
+    about = [i for i, o in enumerate(objects) if category in KINDS[o["kind"]].categories]
+    action = rng.choice(("remove", "add", "move", "recolour"))
+    # With two heads, the new colour would disagree with the other head's, and no answer would be certain.
+    if action == "recolour" and category == "traffic light" and len(about) == 1:
+        light = objects[about[0]]
+        colour = rng.choice([c for c in commands.COLOURS if c != light["colour"]])
+        remove, add = about, [dict(light, colour=colour)]
+    elif action == "remove" and about:
+        remove, add = [rng.choice(about)], []
+    elif action == "add" and kind in KINDS:
+        remove, add = [], [sample_object(rng, spec, kind, cfg, question.place or None, rng.random() < 0.5)]
+    elif action == "move" and about:
+        i = rng.choice(about)
+        old = objects[i]
+        new = sample_object(rng, dict(spec, objects=objects[:i] + objects[i + 1:]), old["kind"], cfg)
+        # It keeps its look, so that its place is all that changes.
+        remove, add = [i], [new and dict(old, x=new["x"], z=new["z"])]
+    else:
+        return None
+    # There may be no free place for what is added.
+    return None if None in add else dict(kind=action, remove=remove, add=add)
 
 
-def find_twins(spec, question, rng, cfg, tries=40):
-    """(flip, neutral): the first edit that flips the certain answer and the first that keeps it; None if not found."""
-    truth, found = question.truth(View(scene_frame(spec, cfg), cfg)), {}
-    for _, edit in zip(range(tries), edits(spec, question, rng, cfg)):
+def find_twins(spec, question, truth, rng, cfg):
+    """{"flip": the first edit that changes the certain answer `truth`, "neutral": the first that keeps it}, or None."""
+    found = dict(flip=None, neutral=None)
+    for _ in range(TRIES):
+        edit = propose_edit(spec, question, rng, cfg)
         if edit is None:
             continue
         new = question.truth(View(scene_frame(apply_edit(spec, edit), cfg), cfg))
-        if new != UNSURE and (new == truth) not in found:
-            found[new == truth] = edit
-            if len(found) == 2:
-                break
-    return found.get(False), found.get(True)
+        role = "neutral" if new == truth else "flip"
+        # An edit that leaves the answer uncertain is of no use.
+        if new != UNSURE and found[role] is None:
+            found[role] = edit
+        if None not in found.values():
+            break
+    return found
 
 
 # ---- BDD100K ----
 
 NAMES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle"}      # 2018 names -> 2020 names
-COLOUR_NAMES = {"G": "green", "R": "red", "Y": "yellow", "NA": "none", None: "none"}
-UNUSED = ("lane", "drivable area", "area/", "other vehicle", "other person", "trailer")    # of BDD100K, in no command
-EDGES = ("x1", "y1", "x2", "y2")
+COLOUR_NAMES = {"G": "green", "R": "red", "Y": "yellow", "NA": "none", "None": "none"}
+# Categories of BDD100K that no command asks about, or the beginnings of their names. They are no mistakes.
+UNUSED = ("lane", "drivable area", "area/", "other vehicle", "other person", "trailer")
 VIDEO = re.compile(r"(\w{8}-\w{8})-\d{7}\.")    # a frame of a sequence: name of the video, number
-# where the labels of train or val are, and their pictures: the first that exists is read
+# Where the labels of train or val are, and the folder of their pictures. The first that exists is read.
 LAYOUTS = (("*{}*.json*", "100k"), ("det_20/*{}*.json*", "100k"), ("100k/{}/*.json", "100k"),
            ("box_track_20/{}/*.json", "track"))
 MAX_PIXELS = 50_000_000       # a larger picture is refused before it is decoded
-Image.MAX_IMAGE_PIXELS = None                   # the limit above stands in for Pillow's, which only warns at first
+Image.MAX_IMAGE_PIXELS = None                   # for the whole process: the limit above replaces Pillow's mere warning
+TURNED = (5, 6, 7, 8)         # values of the EXIF orientation (tag 0x0112) that swap width and height
 
 
 class BadPicture(UserError):
@@ -666,75 +789,76 @@ class BadPicture(UserError):
 
 
 def stream_records(path, chunk=1 << 20):
-    """Records of a label file, one at a time, in memory for one: items of a list, items of the list under "frames"
-    in a dict, or the dict itself when it is a record (2018, a file for each image). Reads .gz as well.
+    """Yields the records of a label file (.json or .json.gz) one at a time, with memory for one.
 
-    Raises UserError for a file that is none of these, or ends too early.
+    The file holds a list of records, a dict with such a list under "frames", or one record alone (2018, a file for
+    each picture). Raises UserError for a file that holds none of these or ends too early.
     """
-    decode, text, at = json.JSONDecoder().raw_decode, "", 0
-
-    def more():
-        nonlocal text, at
-        new = file.read(max(chunk, len(text) - at))
-        text, at = text[at:] + new, 0
-        return new
-
-    def value():
-        nonlocal at
-        while True:
-            try:
-                item, at = decode(text, at)
-                if not isinstance(item, dict):
-                    raise UserError(f"{path} holds {type(item).__name__} items, not frames")
-                return item
-            except json.JSONDecodeError as error:          # an item that goes on in the next chunk, or a broken one
-                if len(text) - error.pos > 1 << 22 or len(text) - at > 1 << 26 or not more():
-                    raise UserError(f"{path} is broken near {text[at:at + 40]!r}: {error.msg}") from None
+    decode = json.JSONDecoder().raw_decode
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-            while len(text) < 16 * chunk and more():
-                pass
-            text = text.lstrip()
+            # The beginning says which of the three it is. One record alone is small: it is all there.
+            text = file.read(16 * chunk).lstrip()
             if text[:1] == "{" and len(text) < 16 * chunk:
-                whole = value()
+                whole = json.loads(text)
                 if "name" in whole:
                     yield whole
                     return
             start = re.match(r"\[|{.*?\"frames\"\s*:\s*\[", text, re.DOTALL)
             if not start:
-                raise UserError(f"{path} is no list of frames (it begins with {text[:20]!r})")
+                raise ValueError(f"it begins with {text[:20]!r}, which is no list of frames")
             at = start.end()
             while True:
                 at = re.compile(r"[\s,]*").match(text, at).end()
-                if at < len(text):
-                    if text[at] == "]":
-                        return
-                    yield value()
-                elif not more():
-                    raise UserError(f"{path} ends before its list does: truncated?")
+                if text[at:at + 1] == "]":
+                    return
+                try:
+                    record, at = decode(text, at)
+                except json.JSONDecodeError as error:
+                    # Either the record continues in the next chunk, or it is broken. It is broken when the error is
+                    # far from the end of what was read, or when no record could be as long as this one.
+                    if len(text) - error.pos > 1 << 22 or len(text) - at > 1 << 26:
+                        raise
+                    new = file.read(max(chunk, len(text) - at))
+                    if not new:
+                        raise
+                    text = text[at:] + new
+                    at = 0
+                    continue
+                if not isinstance(record, dict):
+                    raise ValueError(f"it holds {type(record).__name__} items, not frames")
+                yield record
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the labels {path}: {error}") from None
 
 
 def labels_of(raw):
     """The list of labels of a raw record, of whichever format."""
-    frames = raw.get("frames")                              # 2018, a file for each image
-    listed = frames[0].get("objects") if frames and isinstance(frames[0], dict) else raw.get("labels")
-    return listed if isinstance(listed, list) else [listed] if listed else []
+    # 2018, a file for each picture: the objects are those of its only frame.
+    frames = raw.get("frames")
+    if frames and isinstance(frames[0], dict):
+        labels = frames[0].get("objects")
+    else:
+        labels = raw.get("labels")
+    if isinstance(labels, list):
+        return labels
+    return [labels] if labels else []
 
 
 def attributes_of(raw):
     """{weather, timeofday, scene} of a raw record, "undefined" where it does not say."""
+    # Frames of a video have no attributes.
     given = raw["attributes"] if isinstance(raw.get("attributes"), dict) else {}
     return {k: given[k] if given.get(k) and isinstance(given[k], str) else "undefined" for k in BDD_VALUES}
 
 
 def clean_record(raw):
-    """A raw record of any format as ours, boxes in its own pixels, and its problems: [(lost, kind, reason)].
+    """A raw record of any format as ours, with boxes in its own pixels, and its problems: [(what, kind, reason)].
 
-    lost: "label", "colour" (the label is kept) or "unused" (no problem: of BDD100K, but in no command).
+    what: what the problem costs: "label"; "colour" (the label stays); "unused" is no problem, only counted.
     """
-    labels, problems = [], []
+    labels = []
+    problems = []
     for label in labels_of(raw):
         category = label.get("category") if isinstance(label, dict) else None
         if not isinstance(category, str):
@@ -742,7 +866,8 @@ def clean_record(raw):
             continue
         category = NAMES.get(category, category)
         if category not in commands.CATEGORIES:
-            problems.append(("unused" if category.startswith(UNUSED) else "label", f"category '{category}'", "unknown"))
+            what = "unused" if category.startswith(UNUSED) else "label"
+            problems.append((what, f"category '{category}'", "unknown"))
             continue
         box = label.get("box2d")
         try:
@@ -750,65 +875,86 @@ def clean_record(raw):
         except (TypeError, KeyError, ValueError, OverflowError):
             problems.append(("label", "no box", f"{category}, box2d {str(box)[:80]}"))
             continue
-        if not all(map(math.isfinite, edges)) or edges[2] <= edges[0] or edges[3] <= edges[1]:
-            problems.append(("label", "empty or inverted box", f"{category} {edges}"))
-            continue
-        attributes = label["attributes"] if isinstance(label.get("attributes"), dict) else {}
-        colour = attributes.get("trafficLightColor") if category == "traffic light" else None
-        colour = colour[-1] if isinstance(colour, list) and colour else colour               # [1, "G"]
-        colour = COLOUR_NAMES.get(colour, colour) if isinstance(colour, (str, type(None))) else str(colour)
+        given = label["attributes"] if isinstance(label.get("attributes"), dict) else {}
+        colour = lamp_colour(given.get("trafficLightColor")) if category == "traffic light" else "none"
         if colour not in (*commands.COLOURS, "none"):
             problems.append(("colour", "unknown colour", f"{category} {colour}"[:80]))
             colour = "none"
-        kept = {k: attributes[k] for k in ("occluded", "truncated") if isinstance(attributes.get(k), bool)}
-        labels.append(dict(category=category, attributes=dict(trafficLightColor=colour, **kept),
-                           box2d=dict(zip(EDGES, edges))))
+        attributes = dict(trafficLightColor=colour)
+        attributes.update((k, given[k]) for k in ("occluded", "truncated") if isinstance(given.get(k), bool))
+        labels.append(dict(category=category, attributes=attributes, box2d=dict(zip(EDGES, edges))))
     name = raw.get("name") if isinstance(raw.get("name"), str) else ""
-    name += ".jpg" if name and not Path(name).suffix else ""
+    # 2018, a file for each picture: the name comes without its ending.
+    if name and not Path(name).suffix:
+        name += ".jpg"
     return dict(name=name, labels=labels, attributes=attributes_of(raw)), problems
+
+
+def lamp_colour(given):
+    """The colour of a traffic light as it is called here; given: "green", "G", [1, "G"], None or anything else."""
+    if isinstance(given, list) and given:
+        given = given[-1]
+    return COLOUR_NAMES.get(str(given), str(given))
 
 
 def fit_record(record, width, height, size):
     """A clean record with its boxes cut to the picture (width, height) and scaled to `size`, and new problems."""
-    labels, problems = [], []
+    sides = (width, height, width, height)
+    labels = []
+    problems = []
     for label in record["labels"]:
         edges = [label["box2d"][k] for k in EDGES]
-        cut = [min(max(v, 0), side) for v, side in zip(edges, (width, height, width, height))]
-        if cut[2] <= cut[0] or cut[3] <= cut[1]:
-            problems.append(("label", "box outside the picture", f"{label['category']} {edges} in {width}x{height}"))
+        # Boxes of BDD100K reach to the border of the picture, some beyond.
+        x1, y1, x2, y2 = cut = [min(max(v, 0), side) for v, side in zip(edges, sides)]
+        # Written so that "not a number" fails too.
+        if not (x1 < x2 and y1 < y2):
+            reason = f"{label['category']} {edges} in {width}x{height}"
+            problems.append(("label", "box empty, inverted or outside the picture", reason))
             continue
-        scaled = [round(v * size / side, 2) for v, side in zip(cut, (width, height, width, height))]
+        scaled = [round(v * size / side, 2) for v, side in zip(cut, sides)]
         labels.append(dict(label, box2d=dict(zip(EDGES, scaled))))
     return dict(record, labels=labels), problems
 
 
-def load_picture(path, size=None, with_size=False):
-    """The picture at `path` as an upright RGB image, or a BadPicture that names the path.
+def load_picture(path, size=None):
+    """The picture at `path` as an upright RGB image. Raises BadPicture with the path.
 
     size: decode a JPEG at about this size (draft scaling, several times faster) and resize to (size, size).
-    with_size: also return its upright (width, height) before resizing.
     """
+    return picture_and_sides(path, size)[0]
+
+
+def picture_and_sides(path, size=None):
+    """As load_picture; returns the image and its upright (width, height) before it was resized."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadPicture("huge picture", f"{path} has {image.width}x{image.height} pixels, over {MAX_PIXELS}")
-            sides = image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
+            # A photo may be stored lying on its side, with a note in its EXIF data that says how to turn it.
+            sides = image.size[::-1] if image.getexif().get(0x0112) in TURNED else image.size
+            # The decoder of JPEG can leave out detail at once. The 3/2 keep what the resizing needs.
             if size:
                 image.draft("RGB", (3 * size // 2, 3 * size // 2))
             image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":                  # grey of 16 or more bits: Pillow's own conversion clips it
-                grey = np.nan_to_num(np.asarray(image, np.float32))
-                white = 1 if grey.max() <= 1 else 255 if grey.max() <= 255 else 65535
-                image = Image.fromarray((grey * (255 / white)).clip(0, 255).astype(np.uint8))
+            if image.mode[0] in "IF":
+                image = from_deep_grey(image)
             image = image.convert("RGB")
-            image = image.resize((size, size), Image.BICUBIC, reducing_gap=2.0) if size else image
-            return (image, sides) if with_size else image
+            if size:
+                image = image.resize((size, size), Image.BICUBIC, reducing_gap=2.0)
+            return image, sides
     except FileNotFoundError:
         raise BadPicture("missing picture", f"there is no picture {path}") from None
     except (OSError, ValueError, SyntaxError, struct.error) as error:
-        kind = "empty file" if os.path.isfile(path) and not os.path.getsize(path) else "not a picture" \
-            if isinstance(error, UnidentifiedImageError) else "truncated or broken picture"
+        kind = "not a picture" if isinstance(error, UnidentifiedImageError) else "truncated or broken picture"
         raise BadPicture(kind, f"cannot read {path} as a picture: {error}") from None
+
+
+def from_deep_grey(image):
+    """An image of 16-bit, 32-bit or float grey in 8 bits. Pillow's own conversion would clip all that is over 255."""
+    grey = np.nan_to_num(np.asarray(image, np.float32))
+    # Whether white is 1, 255 or 65535 is not stored: the smallest that fits all values is taken.
+    white = next((v for v in (1, 255) if grey.max() <= v), 65535)
+    return Image.fromarray((grey * (255 / white)).clip(0, 255).astype(np.uint8))
 
 
 def label_files(root):
@@ -817,8 +963,22 @@ def label_files(root):
         for pattern, pictures in LAYOUTS:
             files = sorted((root / "labels").glob(pattern.format(folder)))
             if files:
-                yield folder, files if "{}/" in pattern else files[:1], root / "images" / pictures / folder
+                # Either a file for each picture or video, or one for all.
+                one_each = "{}/" in pattern
+                yield folder, files if one_each else files[:1], root / "images" / pictures / folder
                 break
+
+
+def raw_records(files):
+    """Yields (file, raw record, None), or (file, None, error) for a file that cannot be read while others can."""
+    for file in files:
+        try:
+            for raw in stream_records(file):
+                yield file, raw, None
+        except UserError as error:
+            if len(files) == 1:
+                raise
+            yield file, None, error
 
 
 def bdd_records(cfg):
@@ -827,266 +987,168 @@ def bdd_records(cfg):
     Reads the BDD100K tree cfg.bdd_dir in the order of its lists. A record without a name, a name listed before and
     an unreadable file among many are problems that cost the frame. Raises UserError for labels without any box.
     """
-    root, names, listed, kept, filters = Path(cfg.bdd_dir), set(), 0, 0, wished(cfg, BDD_VALUES)
+    root = Path(cfg.bdd_dir)
+    filters = filters_of(cfg, BDD_VALUES)
+    if cfg.keep_undefined:
+        filters = {name: values and values + ["undefined"] for name, values in filters.items()}
     if not cfg.bdd_dir or not root.is_dir():
         raise UserError(f"bdd_dir '{cfg.bdd_dir}' is not a folder; it must hold images/100k/ and labels/")
-    found = {k: Counter() for k in filters}
+    names = set()
+    listed = kept = 0
+    found = Counter()
     for folder, files, pictures in label_files(root):
-        shapes = set()
-        for file in files:
-            try:
-                for raw in stream_records(file):
-                    listed += 1
-                    if listed % 5000 == 0:
-                        print(f"labels: {listed} frames read", end="\r", flush=True)
-                    if "box2d" not in shapes:
-                        shapes.update(k for o in labels_of(raw) if isinstance(o, dict) for k in o if o[k])
-                    attributes = attributes_of(raw)
-                    for k, value in attributes.items():
-                        found[k][value] += 1
-                    if not all(not v or attributes[k] in v or attributes[k] == "undefined" and cfg.keep_undefined
-                               for k, v in filters.items()):
-                        continue
-                    kept += 1
-                    record, problems = clean_record(raw)
-                    name = record["name"]
-                    if not name or name in names:
-                        problems = [("frame", "duplicate name" if name else "no name", f"record {listed}, {file}")]
-                    names.add(name)
-                    video = VIDEO.match(name) if pictures.parent.name == "track" else None
-                    yield str(pictures / (video[1] if video else "") / name), folder, record, problems
-            except UserError as error:
-                if len(files) == 1:
-                    raise
-                kept += 1
+        boxed = False
+        for file, raw, error in progress(raw_records(files), "labels"):
+            if error:
                 yield str(file), folder, dict(name=file.name), [("frame", "unreadable labels", str(error))]
-        if "box2d" not in shapes:
-            holds = [v for k, v in (("rle", "masks (rle)"), ("poly2d", "polygons (poly2d)")) if k in shapes]
-            raise UserError(f"{files[0]} holds {' and '.join(holds) or 'no labels'} but not one box (box2d): take the "
-                            "detection labels, bdd100k_labels_images_*.json or det_20")
+                continue
+            listed += 1
+            boxed = boxed or any(isinstance(label, dict) and label.get("box2d") for label in labels_of(raw))
+            attributes = attributes_of(raw)
+            found.update(f"{name} {value}" for name, value in attributes.items())
+            if any(values and attributes[name] not in values for name, values in filters.items()):
+                continue
+            kept += 1
+            record, problems = clean_record(raw)
+            name = record["name"]
+            if not name or name in names:
+                problems = [("frame", "duplicate name" if name else "no name", f"record {listed}, {file}")]
+            names.add(name)
+            video = VIDEO.match(name) if pictures.parent.name == "track" else None
+            path = pictures / video[1] / name if video else pictures / name
+            yield str(path), folder, record, problems
+        # Masks, polygons and lane marks come in lists of the same form.
+        if not boxed:
+            raise UserError(f"{files[0]} holds not one box (box2d): take the detection labels, "
+                            "bdd100k_labels_images_*.json or det_20")
     if not listed:
         raise UserError(f"no labels found: expected {root}/labels/bdd100k_labels_images_train.json (or ..._val.json), "
                         "det_20/det_train.json, 100k/train/*.json or box_track_20/train/*.json")
     print(f"{listed} frames listed, {kept} pass the filters")
     if not kept:
-        raise UserError("no frame passes the filters: there are " + "; ".join(
-            f"{k} " + ", ".join(f"{v} {n}" for v, n in c.most_common()) for k, c in found.items()))
+        raise UserError("no frame passes the filters: there are " +
+                        ", ".join(f"{value} {count}" for value, count in sorted(found.items())))
 
 
-def usual_sizes(lines):
-    """{train or val: (width, height)} that most pictures have, of the bdd_records written in `lines`."""
-    sizes = {}
-    for line in lines:
-        path, folder, *_ = json.loads(line)
+def usual_size(records):
+    """(width, height) of most of the pictures of these records of bdd_records; None where none can be read."""
+    sizes = Counter()
+    for path, *_ in records:
         with contextlib.suppress(BadPicture):
-            sizes.setdefault(folder, Counter())[load_picture(path, 1, with_size=True)[1]] += 1
-    return {folder: counts.most_common(1)[0][0] for folder, counts in sizes.items()}
+            sizes[picture_and_sides(path, 1)[1]] += 1
+    return max(sizes, key=sizes.get, default=None)
 
 
 # ---- splits and storage ----
+
+Stored = namedtuple("Stored", "splits truths rejected dropped")
+# splits, truths: of the stored frames, (N,) str and (N, len(QUESTIONS)) int8
+# rejected, dropped: Counters by kind, of frames that were not stored and of labels that were dropped or changed
+
 
 def split_of(name):
     """train, val or test: 80/10/10 by the hash of the frame's name, so that new frames move no old one.
 
     All frames of a video are in the split of its name.
     """
+    # Neighbouring frames of a video are nearly equal: in two splits they would let a model answer from memory.
     name = VIDEO.sub(r"\1.", name)
+    # Python's own hash() is another one in each process.
     share = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
-    return "train" if share < 0.8 else "val" if share < 0.9 else "test"
+    if share < 0.8:
+        return "train"
+    return "val" if share < 0.9 else "test"
 
 
-def _entry(frame, folder, cfg, problems=()):
-    """[finished frame or None, its name, truths of QUESTIONS as digits, problems] for the journal, as JSON."""
+def finish(frame, cfg, folder=""):
+    """The truths of QUESTIONS in a frame, which gets its split and what it shows; None for a frame that is too crowded.
+
+    folder: train or val of BDD100K, where the frame comes from.
+    """
     if cfg.max_complexity and len(frame["labels"]) > cfg.max_complexity:
-        return [None, frame["name"], "", []]
-    view, split = View(frame, cfg), split_of(frame["name"])
+        return None
+    split = "ood" if frame["name"].startswith("ood-") else split_of(frame["name"])
+    # The val folder is then the whole test split, and the share of train that would be in it is trained on.
     if folder and cfg.val_is_test:
-        split = "test" if folder == "val" else "train" if split == "test" else split
-    truth, seen = commands.truths(view).tolist(), [o for o in view.objects if o.certain == TRUE]
-    frame.update(index=0, split="ood" if frame["name"].startswith("ood-") else split, complexity=len(seen),
-                 relations=[f"{commands.noun_of(o)} {commands.whereabouts(o)}" for o in seen],
-                 available=Counter(q.family for q, t in zip(QUESTIONS, truth) if t != UNSURE))
-    return [frame, frame["name"], "".join(map(str, truth)), problems]
+        if folder == "val":
+            split = "test"
+        elif split == "test":
+            split = "train"
+    view = View(frame, cfg)
+    truths = commands.truths(view)
+    seen = view.seen()
+    relations = [f"{commands.noun_of(o)} {commands.whereabouts(o)}" for o in seen]
+    available = Counter(q.family for q, truth in zip(QUESTIONS, truths) if truth != UNSURE)
+    frame.update(split=split, complexity=len(seen), relations=relations, available=available)
+    return truths
 
 
-def _draw_one(job):
+def mark_occluded(frame, size):
+    """Add the attribute `occluded` to the labels of a drawn frame."""
+    # Twins are never stored and go without: it takes as long as the rest of a frame, and no rule reads it.
+    boxes = [list(label["box2d"].values()) for label in frame["labels"]]
+    shares = commands.visible_shares(boxes, [label["category"] for label in frame["labels"]], size)
+    for label, share in zip(frame["labels"], shares):
+        label["attributes"]["occluded"] = share < 0.7
+
+
+def draw_one(job):
+    """(picture, frame, truths, problems) of a drawn scene; job: its name, settings."""
     name, cfg = job
     spec = sample_scene(name, cfg)
     frame = scene_frame(spec, cfg)
-    boxes = [list(label["box2d"].values()) for label in frame["labels"]]
-    names = [label["category"] for label in frame["labels"]]
-    for label, share in zip(frame["labels"], commands.visible_shares(boxes, names, cfg.image_size)):
-        label["attributes"]["occluded"] = share < 0.7
-    entry = _entry(frame, "", cfg)
-    return draw_scene(spec, cfg.image_size) if entry[0] else None, entry
+    mark_occluded(frame, cfg.image_size)
+    truths = finish(frame, cfg)
+    return None if truths is None else draw_scene(spec, cfg.image_size), frame, truths, []
 
 
-def _decode_one(job):
-    line, sizes, cfg = job
-    path, folder, record, problems = json.loads(line)
+def decode_one(job):
+    """(picture, frame, truths, problems) of a BDD100K record; without a picture the frame is not stored."""
+    (path, folder, record, problems), usual, cfg = job
+    # The record itself is unusable: its picture need not be looked at.
+    if any(what == "frame" for what, _, _ in problems):
+        return None, record, None, problems
     try:
-        if any(lost == "frame" for lost, _, _ in problems):
-            return None, [None, record["name"], "", problems]
-        picture, sides = load_picture(path, cfg.image_size, with_size=True)
-        if sides != sizes.get(folder, sides):
-            raise BadPicture("wrong size", f"{path} has (width, height) {sides}, the others have {sizes[folder]}")
+        picture, sides = picture_and_sides(path, cfg.image_size)
+        if sides != (usual or sides):
+            raise BadPicture("wrong size", f"{path} has (width, height) {sides}, the others have {usual}")
     except BadPicture as error:
-        return None, [None, record["name"], "", [("frame", error.kind, str(error))]]
+        return None, record, None, [("frame", error.kind, str(error))]
     frame, outside = fit_record(record, *sides, cfg.image_size)
-    return np.asarray(picture), _entry(frame, folder, cfg, problems + outside)
+    truths = finish(frame, cfg, folder)
+    if truths is None:
+        return None, frame, None, []
+    return np.asarray(picture), frame, truths, problems + outside
 
 
-def _twin_one(job):
-    frame, questions, cfg = job
-    spec = sample_scene(Path(frame["name"]).stem, cfg)
-    rng = random.Random(f"twins {spec['name']}")
-    return [find_twins(spec, Question(*q), rng, cfg) for q in questions]
+def progress(items, label, total=None):
+    """Yields the items, and prints every five seconds, and after `total` items, how many there were."""
+    start = shown = time.time()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.time()
+        if now - shown > 5 or done == total:
+            shown = now
+            seconds = now - start
+            number = f"{done}/{total}" if total else done
+            print(f"{label}: {number}, {done / max(seconds, 1e-9):.0f}/s, {seconds:.0f} s", flush=True)
 
 
-def parallel(function, jobs, cfg, label, total, done=0):
-    """Results of function(job) in order, from cfg.workers processes (0: one a core), with a progress line.
-
-    total: number of jobs; done: how many of them an earlier run has finished, which are skipped.
-    """
-    workers, start, jobs = cfg.workers or os.cpu_count() or 1, time.time(), itertools.islice(jobs, done, None)
-    with contextlib.ExitStack() as stack:
-        if workers > 1 and total - done > 64:
-            # fork is fastest where it is safe; elsewhere (Windows, macOS) the platform's default, spawn
-            pool = stack.enter_context(multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-                                       .Pool(workers))
-            results = pool.imap(function, jobs, chunksize=32)
-        else:
-            results = map(function, jobs)
-        for i, result in enumerate(results, done + 1):
-            yield result
-            if i % 500 == 0 or i == total:
-                seconds = time.time() - start
-                end = "\n" if i == total else "\r"
-                print(f"{label}: {i}/{total}, {(i - done) / seconds:.0f}/s, {seconds:.0f} s", end=end, flush=True)
-
-
-def _picture_header(count, size):
-    """The first bytes of an .npy file of `count` pictures: numpy pads them, so their number does not depend on it."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, dict(descr="|u1", fortran_order=False, shape=(count, size, size, 3)))
-    return header.getvalue()
-
-
-def _collect(pictures, journal, key, work, jobs, total, cfg):
-    """Append the pictures of all jobs to the file `pictures` (.npy) and their entries to the file `journal`.
-
-    Both are only ever appended to, a picture before its entry. So an interrupted run with the same key (the
-    journal's first line) goes on from them, cut to the last whole entry whose picture is there.
-    """
-    header, row, done, stored, end = _picture_header(total, cfg.image_size), 3 * cfg.image_size**2, 0, 0, 0
-    if pictures.exists() and journal.exists():
-        with open(journal, "rb") as log:
-            end = len(key) if log.readline() == key else 0
-            for line in log if end else ():
-                stores = not line.startswith(b"[null")
-                if not line.endswith(b"\n") or len(header) + (stored + stores) * row > pictures.stat().st_size:
-                    break
-                done, stored, end = done + 1, stored + stores, end + len(line)
-    if done:
-        print(f"{done} of {total} pictures are there from a run that was interrupted")
-    mode = "r+b" if done else "w+b"
-    with open(pictures, mode) as images, open(journal, mode) as log:
-        for file, start, length in ((images, header, len(header) + stored * row), (log, key, end or len(key))):
-            file.write(start)
-            file.truncate(length)
-            file.seek(length)
-        for picture, entry in parallel(work, jobs, cfg, "pictures", total, done):
-            if entry[0] is not None:                   # neither rejected nor left out
-                images.write(picture)
-                images.flush()
-                stored += 1
-            log.write(json.dumps(entry).encode() + b"\n")
-            log.flush()
-        images.seek(0)
-        images.write(_picture_header(stored, cfg.image_size))
-
-
-def prepare(cfg):
-    """Draw or read every frame, choose commands, and write data_dir. Returns the report (dict of counts)."""
-    start, root = time.time(), Path(cfg.data_dir)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to data_dir {root}: {error}") from None
-    listing, pictures, journal = (root / n for n in ("records.tmp.jsonl", "images.tmp.npy", "journal.tmp.jsonl"))
-    names = [f"scene-{i:06d}" for i in range(cfg.num_scenes)] + [f"ood-{i:06d}" for i in range(cfg.num_ood_scenes)]
-    digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        if cfg.source == "drawn":
-            jobs, total, work = ((name, cfg) for name in names), len(names), _draw_one
-        else:
-            total, work = 0, _decode_one
-            with open(listing, "w", encoding="utf-8") as file:       # clean records: a small part of the label files
-                for total, record in enumerate(bdd_records(cfg), 1):
-                    line = json.dumps(record) + "\n"
-                    file.write(line)
-                    digest.update(line.encode())
-            lines = stack.enter_context(open(listing, encoding="utf-8"))
-            sizes = usual_sizes(itertools.islice(lines, 0, None, max(1, total // 100)))
-            lines.seek(0)
-            jobs = ((line, sizes, cfg) for line in lines)
-        key = f"{MAGIC} {VERSION} {config.data_hash(cfg)} {digest.hexdigest()}\n".encode()
-        _collect(pictures, journal, key, work, jobs, total, cfg)
-    rejected, table, splits, kept, crowded = [], [], [], 0, 0
-    lost = {k: Counter() for k in ("frame", "label", "colour", "unused")}
-    with open(journal, "rb") as log, open(root / "frames.tmp.jsonl", "w", encoding="utf-8") as file:
-        next(log)
-        for line in log:
-            frame, name, truth, problems = json.loads(line)
-            for what, kind, reason in problems:
-                lost[what][kind] += 1
-                if what != "unused":
-                    rejected.append((name, what, kind, reason))
-            if frame is not None:
-                frame["index"] = len(table)
-                file.write(json.dumps(frame) + "\n")
-                table.append(np.frombuffer(truth.encode(), np.int8) - ord("0"))
-                splits.append(frame["split"])
-                kept += len(frame["labels"])
-            crowded += frame is None and not problems
-    with open(root / "rejected.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows([("name", "lost", "kind", "reason"), *rejected])
-    for what, of in (("frame", total), ("label", kept + lost["label"].total())):
-        if lost[what].total() > cfg.max_bad_share * of:
-            journal.unlink()                           # the next run looks at every picture again
-            raise UserError(f"{lost[what].total()} of {of} {what}s are bad, over max_bad_share={cfg.max_bad_share}: "
-                            + ", ".join(f"{k} {n}" for k, n in lost[what].most_common(5)) + f"; {root}/rejected.csv "
-                            "lists them; mend them, or raise max_bad_share to go on without them")
-    if crowded:
-        print(f"{crowded} frames hold more than max_complexity={cfg.max_complexity} objects and are left out")
-    if not table:
-        raise UserError("not one picture is left")
-    meta_path = root / "meta.json"
-    meta_path.unlink(missing_ok=True)                  # from here until all is written, the folder holds no valid data
-    os.replace(root / "frames.tmp.jsonl", root / "frames.jsonl")
-    report = write_commands(root, Frames(root / "frames.jsonl"), np.array(splits), np.array(table), cfg)
-    os.replace(pictures, root / "images.npy")
-    stored = np.load(root / "images.npy", mmap_mode="r")
-    sample = np.flatnonzero(np.array(splits) == "train")[:2000] if "train" in splits else range(min(100, len(stored)))
-    counts = sum(np.stack([np.bincount(stored[i, :, :, c].ravel(), minlength=256) for c in range(3)]) for i in sample)
-    values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)         # of each value, by channel
-    mean = shares @ values
-    meta = dict(magic=MAGIC, version=VERSION, hash=config.data_hash(cfg),
-                settings={k: getattr(cfg, k) for k in config.DATA_KEYS}, frames=len(table),
-                rejected=lost["frame"].total(), rejected_by=lost["frame"],
-                labels_dropped=lost["label"] + lost["colour"] + lost["unused"], mean=mean.tolist(),
-                std=np.sqrt(shares @ values**2 - mean**2).tolist(), splits=dict(Counter(splits)), report=report,
-                seconds=round(time.time() - start, 1))
-    temporary = meta_path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    os.replace(temporary, meta_path)                   # last: its presence says that all else is complete
-    for path in (journal, listing):
-        path.unlink(missing_ok=True)
-    return meta
+def parallel(function, jobs, cfg, label, total):
+    """Yields function(job) for all `total` jobs in order, from cfg.workers processes (0: one a core), with progress."""
+    workers = cfg.workers or os.cpu_count() or 1
+    # For a few jobs, starting processes would take longer than the work.
+    if workers == 1 or total <= 64:
+        yield from progress(map(function, jobs), label, total)
+        return
+    # fork is fastest where it is safe; elsewhere (Windows, macOS) the platform's default, spawn
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with context.Pool(workers) as pool:
+        yield from progress(pool.imap(function, jobs, chunksize=32), label, total)
 
 
 class Frames:
-    """The records of a frames.jsonl by number, read when asked for: memory for their positions alone."""
+    """The records of a file of JSON lines by number, read when asked for; in memory are only their positions."""
 
     def __init__(self, path):
         self.file = open(path, "rb")
@@ -1102,44 +1164,165 @@ class Frames:
         return json.loads(self.file.readline())
 
 
-def write_commands(root, frames, splits, table, cfg):
-    """Choose and write the commands of every split and its held-out sets, and the twins of the test items."""
-    tokenizer, report = Tokenizer(commands.vocabulary()), dict(dropped={})
-    asked = {tuple(q) for q in QUESTIONS if not q.held_out}
-    (root / "vocab.json").write_text(json.dumps(tokenizer.words), encoding="utf-8")
-    for split in SPLITS:
-        rows = np.flatnonzero(splits == split).tolist()
-        sets = {split: (None, None)}
-        if split == "test":       # tests of language (a paraphrase never trained on) and of composition (new questions)
-            held = [q for q, question in enumerate(QUESTIONS) if question.held_out]
-            sets["test_words"], sets["test_combos"] = (None, -1), ({q: 0.5 / len(held) for q in held}, None)
-        for name, (shares, paraphrase) in sets.items():
-            items = make_items(rows, frames, table, cfg, name, shares, paraphrase, describe=name == split)
-            if name == "test" and cfg.source == "drawn":
-                items = list(items)
-                report["twins"] = write_twins(root, frames, items, cfg)
-            cells, counts = _write_items(root, name, items, tokenizer, cfg)
-            report[name] = dict(pictures=len(rows), **counts)
-            if rows and name in SPLITS:
-                report["dropped"][name] = ["/".join(filter(None, q)) for q in sorted(asked - cells)]
+def prepare(cfg):
+    """Draw or read every frame, choose its commands, and write data_dir. Returns the content of meta.json.
+
+    All is written to a folder inside data_dir and moved up at the end, so that whatever stops this function leaves
+    the data of an earlier run as they were.
+    """
+    start = time.time()
+    root = Path(cfg.data_dir)
+    folder = root / "unfinished"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    work, jobs, total = drawn_jobs(cfg) if cfg.source == "drawn" else bdd_jobs(cfg, folder)
+    stored = store_frames(folder, parallel(work, jobs, cfg, "pictures", total), total, cfg)
+    report = write_commands(folder, stored, cfg)
+    mean, std = channel_statistics(folder / "images.bin", stored.splits, cfg.image_size)
+    meta = dict(magic=MAGIC, version=VERSION, hash=config.data_hash(cfg), frames=len(stored.splits),
+                settings={k: getattr(cfg, k) for k in config.DATA_KEYS}, splits=Counter(stored.splits.tolist()),
+                rejected=stored.rejected.total(), rejected_by=stored.rejected, labels_dropped=stored.dropped,
+                mean=mean, std=std, report=report, seconds=round(time.time() - start, 1))
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    publish(folder, root)
+    return meta
+
+
+def drawn_jobs(cfg):
+    """(function, its jobs, their number) that draw the scenes."""
+    names = [f"scene-{i:06d}" for i in range(cfg.num_scenes)] + [f"ood-{i:06d}" for i in range(cfg.num_ood_scenes)]
+    return draw_one, ((name, cfg) for name in names), len(names)
+
+
+def bdd_jobs(cfg, folder):
+    """(function, its jobs, their number) that read a BDD100K tree.
+
+    The clean records wait in a file: all of BDD100K's would take a gigabyte of memory.
+    """
+    path = folder / "records.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for record in bdd_records(cfg):
+            file.write(json.dumps(record) + "\n")
+    records = Frames(path)
+    total = len(records)
+    # A hundred pictures from all parts of the list tell which size is usual.
+    usual = usual_size(records[i] for i in range(0, total, max(1, total // 100)))
+    return decode_one, ((record, usual, cfg) for record in records), total
+
+
+def store_frames(folder, results, total, cfg):
+    """Write images.bin, frames.jsonl and rejected.csv from the results of draw_one or decode_one. Returns a Stored.
+
+    Raises UserError when more than cfg.max_bad_share of the frames or of the labels are bad.
+    """
+    splits = []
+    truths = []
+    rejected = []
+    lost = {what: Counter() for what in ("frame", "label", "colour", "unused")}
+    labels = crowded = 0
+    with open(folder / "images.bin", "wb") as images, open(folder / "frames.jsonl", "w", encoding="utf-8") as frames:
+        for picture, frame, truth, problems in results:
+            for what, kind, reason in problems:
+                lost[what][kind] += 1
+                if what != "unused":
+                    rejected.append((frame["name"], what, kind, reason))
+            if picture is None:
+                # A frame without a picture and without a problem is too crowded.
+                crowded += not problems
+                continue
+            # Raw numbers, one picture after another; meta.json tells how many there are.
+            images.write(picture)
+            frames.write(json.dumps(dict(frame, index=len(splits))) + "\n")
+            splits.append(frame["split"])
+            truths.append(truth)
+            labels += len(frame["labels"])
+    # A broken name can hold what no encoding can write.
+    with open(folder / "rejected.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        csv.writer(file).writerows([("name", "lost", "kind", "reason"), *rejected])
+    for what, count in (("frame", total), ("label", labels + lost["label"].total())):
+        bad = lost[what].total()
+        if bad > cfg.max_bad_share * count:
+            kinds = ", ".join(f"{kind} {n}" for kind, n in lost[what].most_common(5))
+            raise UserError(f"{bad} of {count} {what}s are bad, over max_bad_share={cfg.max_bad_share}: {kinds}; "
+                            f"{folder}/rejected.csv lists them; mend them, or raise max_bad_share to do without them")
+    if crowded:
+        print(f"{crowded} frames hold more than max_complexity={cfg.max_complexity} objects and are not used")
+    if not splits:
+        raise UserError("not one picture is left")
+    return Stored(np.array(splits), np.array(truths), lost["frame"], lost["label"] + lost["colour"] + lost["unused"])
+
+
+def channel_statistics(path, splits, size):
+    """Mean and standard deviation of each colour channel in [0, 1], of the first training pictures of images.bin."""
+    images = np.memmap(path, np.uint8, "r").reshape(-1, size, size, 3)
+    # The first 2,000 say enough. Where nothing is for training, any picture will do.
+    chosen = np.flatnonzero(splits == "train")[:2000].tolist() or [0]
+    means = np.zeros(3)
+    squares = np.zeros(3)
+    # One at a time: as floating-point numbers all of them would take gigabytes.
+    for i in chosen:
+        pixels = images[i].reshape(-1, 3) / 255
+        means += pixels.mean(0) / len(chosen)
+        squares += (pixels**2).mean(0) / len(chosen)
+    return means.tolist(), np.sqrt(squares - means**2).tolist()
+
+
+def publish(folder, root):
+    """Move finished data from `folder` up to `root`."""
+    (folder / "records.jsonl").unlink(missing_ok=True)
+    # meta.json goes first and comes last: where it is, all else is complete.
+    (root / "meta.json").unlink(missing_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "meta.json"):
+        path.replace(root / path.name)
+    folder.rmdir()
+
+
+def write_commands(folder, stored, cfg):
+    """Choose and write the commands of every set, and the twins of the test items.
+
+    Returns the report of meta.json: {set: its counts}, "dropped": {split: [kinds of question with too few YES or NO]}
+    and, for drawn scenes, "twins".
+    """
+    tokenizer = Tokenizer(commands.vocabulary())
+    (folder / "vocab.json").write_text(json.dumps(tokenizer.words), encoding="utf-8")
+    frames = Frames(folder / "frames.jsonl")
+    report = dict(dropped={})
+    trained = {tuple(question) for question in QUESTIONS if not question.held_out}
+    for name in SETS:
+        # The held-out sets ask about the pictures of the test split.
+        rows = np.flatnonzero(stored.splits == name.split("_")[0])
+        asked, counts = _write_items(folder, name, make_items(name, rows, frames, stored.truths, cfg), tokenizer, cfg)
+        report[name] = dict(pictures=len(rows), **counts)
+        if name in SPLITS and len(rows):
+            report["dropped"][name] = ["/".join(filter(None, question)) for question in sorted(trained - asked)]
+    if cfg.source == "drawn":
+        report["twins"] = write_twins(folder, frames, read_items(folder, "test"), cfg)
     return report
 
 
-def make_items(rows, frames, table, cfg, name, shares=None, paraphrase=None, describe=True):
-    """Yields finished commands (plain dicts, see commands.make_item) for the frames `rows`, ordered by picture."""
-    if not rows:
-        return
+def make_items(name, rows, frames, truths, cfg):
+    """Yields the finished commands (plain dicts, see commands.make_item) of set `name`, ordered by picture.
+
+    rows: its frames; truths: of all frames. Only the splits get commands without a verdict.
+    """
+    shares = None
+    if name == "test_combos":
+        held = [q for q, question in enumerate(QUESTIONS) if question.held_out]
+        shares = dict.fromkeys(held, 0.5 / len(held))
     rng = random.Random(f"commands {name} {cfg.scene_seed}")
     # The choice among pictures must not follow from their order on disk, so it has its own generator.
-    chosen = commands.choose(table[rows], cfg, np.random.default_rng(len(rows) + cfg.scene_seed), shares)
-    per_row = {}
-    for row, q in zip(*chosen):
-        per_row.setdefault(int(row), []).append(QUESTIONS[q])
+    chosen = commands.choose(truths[rows], cfg, np.random.default_rng(len(rows) + cfg.scene_seed), shares)
+    # The questions of each picture, so that its frame is read once.
+    questions = {}
+    for i, q in zip(*chosen):
+        questions.setdefault(i, []).append(QUESTIONS[q])
     for i, row in enumerate(rows):
         view = View(frames[row], cfg)
-        yield from (commands.make_item(row, q, view, rng, paraphrase) for q in per_row.get(i, []))
-        if describe:
-            yield from (commands.describe_item(row, view, rng, cfg, place) for place in ("", *commands.PLACES))
+        for question in questions.get(i, []):
+            yield commands.make_item(row, question, view, rng, -1 if name == "test_words" else None)
+        if name in SPLITS:
+            for place in ("", *commands.PLACES):
+                yield commands.describe_item(row, view, rng, cfg, place)
             yield from commands.where_items(row, view, rng)
 
 
@@ -1148,76 +1331,108 @@ def packed(items, tokenizer):
 
     Columns of the index: picture, prompt length, text length, answer (1 YES, 0 NO, -1 for a description).
     """
-    texts, index = array("H"), array("i")
-    for i in items:
-        ids, prompt = tokenizer.example(i["command"], i["answer"], i["reason"])
+    texts = array("H")
+    index = array("i")
+    for item in items:
+        ids, prompt = tokenizer.encode_text(item["command"], item["answer"], item["reason"])
         texts.extend(ids)
-        index.extend((i["picture"], prompt, len(ids), -1 if i["answer"] is None else int(i["answer"])))
+        index.extend((item["picture"], prompt, len(ids), -1 if item["answer"] is None else int(item["answer"])))
     index = np.array(index, dtype=np.int32).reshape(-1, 4)
     longest = int(index[:, 2].max(initial=1))
     tokens = np.zeros((len(index), longest), dtype=np.uint16)
-    tokens[np.arange(longest) < index[:, 2:3]] = texts             # row by row; [PAD] is 0
+    # A mask is filled row by row, so each text comes into its row; the rest stays 0, which is [PAD].
+    tokens[np.arange(longest) < index[:, 2:3]] = texts
     return tokens, index
 
 
-def _write_items(root, name, items, tokenizer, cfg):
-    """Write commands as they come. Returns {(template, first, second)} of the questions, and counts for the report."""
-    cells, families, templates, yes = set(), Counter(), Counter(), Counter()
-
-    def written():
-        for i in items:
-            file.write(json.dumps(i) + "\n")
-            families[i["family"]] += 1
-            templates[i["template"]] += 1
-            if i["answer"] is not None:
-                cells.add((i["template"], i["first"], i["second"]))
-                yes[i["template"]] += i["answer"]
-            yield i
-    with open(root / f"commands_{name}.jsonl", "w", encoding="utf-8") as file:
-        tokens, index = packed(written(), tokenizer)
+def _write_items(folder, name, items, tokenizer, cfg):
+    """Write a set of commands. Returns {(template, first, second)} of them, and their counts for the report."""
+    asked = set()
+    families = Counter()
+    templates = Counter()
+    yes = Counter()
+    path = folder / f"commands_{name}.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for item in items:
+            file.write(json.dumps(item) + "\n")
+            template = item["template"]
+            asked.add((template, item["first"], item["second"]))
+            families[item["family"]] += 1
+            templates[template] += 1
+            yes[template] += item["answer"] is True
+    # Read back one by one: the dicts of a large split would fill the memory.
+    tokens, index = packed(Frames(path), tokenizer)
     if tokens.shape[1] > cfg.max_text:
         raise UserError(f"a command with its reason has {tokens.shape[1]} tokens, over max_text={cfg.max_text}; raise "
                         "max_text")
-    np.save(root / f"tokens_{name}.npy", tokens)
-    np.save(root / f"index_{name}.npy", index)
-    return cells, dict(commands=families.total() - families["describe"], yes=yes.total(), families=dict(families),
-                       templates=templates, yes_templates=yes)
+    np.save(folder / f"tokens_{name}.npy", tokens)
+    np.save(folder / f"index_{name}.npy", index)
+    questions = families.total() - families["describe"]
+    return asked, dict(commands=questions, yes=yes.total(), families=families, templates=templates, yes_templates=yes)
 
 
-def write_twins(root, frames, items, cfg):
-    """twins.jsonl: for each test item its flip and neutral edit of the scene (null where none was found)."""
-    jobs, rows = [], {}
+def write_twins(folder, frames, items, cfg):
+    """twins.jsonl: for each test question its flip and neutral edit of the scene (null where none was found)."""
+    # {picture: {number of the item: its question}}
+    asked = {}
     for k, item in enumerate(items):
         if item["answer"] is not None:
-            rows.setdefault(item["picture"], []).append(k)
-    for picture, numbers in rows.items():
-        jobs.append((frames[picture], [tuple(items[k][f] for f in ("template", "first", "second")) for k in numbers],
-                     cfg))
-    flips = total = 0
-    with open(root / "twins.jsonl", "w", encoding="utf-8") as file:
-        for numbers, found in zip(rows.values(), parallel(_twin_one, jobs, cfg, "twins", len(jobs))):
-            for k, (flip, neutral) in zip(numbers, found):
-                file.write(json.dumps(dict(item=k, flip=flip, neutral=neutral)) + "\n")
-                flips, total = flips + (flip is not None), total + 1
+            asked.setdefault(item["picture"], {})[k] = commands.question_of(item)
+    jobs = [(frames[picture]["name"], questions, cfg) for picture, questions in asked.items()]
+    total = flips = 0
+    with open(folder / "twins.jsonl", "w", encoding="utf-8") as file:
+        for twins in parallel(twins_of_one, jobs, cfg, "twins", len(jobs)):
+            for twin in twins:
+                file.write(json.dumps(twin) + "\n")
+                total += 1
+                flips += twin["flip"] is not None
     return dict(items=total, flips=flips)
 
 
-def read_items(root, name):
+def twins_of_one(job):
+    """The twins of the questions about one picture; job: its name, {number of the item: question}, settings."""
+    name, questions, cfg = job
+    spec = sample_scene(Path(name).stem, cfg)
+    view = View(scene_frame(spec, cfg), cfg)
+    rng = random.Random(f"twins {spec['name']}")
+    return [dict(item=k, **find_twins(spec, question, question.truth(view), rng, cfg))
+            for k, question in questions.items()]
+
+
+# ---- reading what is stored ----
+
+def read_items(folder, name):
     """The finished commands of a set, as dicts."""
-    with open(Path(root) / f"commands_{name}.jsonl", encoding="utf-8") as file:
+    with open(Path(folder) / f"commands_{name}.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def stored_images(cfg, meta):
+    """The stored pictures (meta["frames"], S, S, 3) uint8 in RGB, read from the disk when they are looked at."""
+    # images.bin holds the numbers alone; their shape is known from the settings and from meta.json.
+    shape = (meta["frames"], cfg.image_size, cfg.image_size, 3)
+    return np.memmap(Path(cfg.data_dir) / "images.bin", np.uint8, "r", shape=shape)
+
+
+def ready(cfg):
+    """The content of meta.json; where there are no data yet, they are prepared and reported on first."""
+    if not (Path(cfg.data_dir) / "meta.json").exists():
+        print(f"no data in {cfg.data_dir}: preparing them")
+        main(cfg)
+    return load_meta(cfg)
 
 
 def load_meta(cfg):
     """meta.json of data_dir, checked against cfg. Raises UserError with the command that repairs it."""
     path = Path(cfg.data_dir) / "meta.json"
-    remake = "python prepare.py" + "".join(
-        f" --{k}={shlex.quote(str(getattr(cfg, k)))}" for k in DATA_FLAGS if getattr(cfg, k) != config.SETTINGS[k][1])
+    # The command that makes these data names all settings that differ from their defaults.
+    changed = [k for k in ("preset", "data_dir", *config.DATA_KEYS) if getattr(cfg, k) != config.SETTINGS[k][1]]
+    remake = "python prepare.py" + "".join(f" --{k}={shlex.quote(str(getattr(cfg, k)))}" for k in changed)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no data in {cfg.data_dir}: run {remake}") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}): run {remake}") from None
     if meta.get("magic") != MAGIC or meta.get("version") != VERSION:
         raise UserError(f"{cfg.data_dir} was written by another version of prepare.py: run {remake}")
@@ -1229,82 +1444,62 @@ def load_meta(cfg):
     return meta
 
 
-DATA_FLAGS = ["preset", "data_dir"] + config.DATA_KEYS
-
 # ---- report ----
 
 def print_report(meta, cfg):
     print(f"\n{cfg.data_dir}: {meta['frames']} pictures of {cfg.image_size}x{cfg.image_size}, {meta['rejected']} "
           f"rejected, in {meta['seconds']} s")
-    print("channel mean " + " ".join(f"{x:.3f}" for x in meta["mean"])
-          + ", std " + " ".join(f"{x:.3f}" for x in meta["std"]))
+    for name in ("mean", "std"):
+        print(f"channel {name} " + " ".join(f"{x:.3f}" for x in meta[name]))
+    report = meta["report"]
     print(f"{'set':<12} {'pictures':>8} {'questions':>9} {'YES':>6}  families")
-    for name, r in meta["report"].items():
-        if isinstance(r, dict) and "commands" in r:
-            share = f"{100 * r['yes'] / r['commands']:.1f}%" if r["commands"] else "-"
-            print(f"{name:<12} {r['pictures']:>8} {r['commands']:>9} {share:>6}  "
-                  + ", ".join(f"{k} {v}" for k, v in sorted(r["families"].items())))
-    if "twins" in meta["report"]:
-        t = meta["report"]["twins"]
-        print(f"twins: {t['flips']} of {t['items']} test questions have an edit that flips the answer")
-    dropped = meta["report"]["dropped"]
-    if dropped.get("train"):
-        print(f"dropped, with under {cfg.min_cell} YES or NO in train: {', '.join(dropped['train'])}")
-        print("question kinds dropped: " + ", ".join(f"{len(kinds)} in {name}" for name, kinds in dropped.items()))
-    for kind, count in sorted(meta["rejected_by"].items(), key=lambda kv: -kv[1]):
-        print(f"frames rejected, {kind}: {count}")
-    for kind, count in sorted(meta["labels_dropped"].items(), key=lambda kv: -kv[1]):
-        print(f"labels dropped, {kind}: {count}")
+    for name in SETS:
+        r = report[name]
+        share = f"{100 * r['yes'] / r['commands']:.1f}%" if r["commands"] else "-"
+        families = ", ".join(f"{family} {count}" for family, count in sorted(r["families"].items()))
+        print(f"{name:<12} {r['pictures']:>8} {r['commands']:>9} {share:>6}  {families}")
+    if "twins" in report:
+        print("twins: {flips} of {items} test questions have an edit that flips the answer".format(**report["twins"]))
+    if any(report["dropped"].values()):
+        counts = ", ".join(f"{len(kinds)} in {name}" for name, kinds in report["dropped"].items())
+        print(f"kinds of question dropped, because fewer than {cfg.min_cell} pictures answer YES or NO: {counts} "
+              f"(listed in meta.json under \"dropped\")")
+    for what, counts in (("frames rejected", meta["rejected_by"]), ("labels dropped", meta["labels_dropped"])):
+        for kind, count in Counter(counts).most_common():
+            print(f"{what}, {kind}: {count}")
 
 
 def draw_report(meta, cfg):
-    """data_dir/report.png: commands, balance, complexity, object counts, example scenes with boxes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    root, train = Path(cfg.data_dir), meta["report"]["train"]
-    frames, images = Frames(root / "frames.jsonl"), np.load(root / "images.npy", mmap_mode="r")
-    figure, axes = plt.subplots(3, 4, figsize=(16, 12), constrained_layout=True)
-    counts = train["templates"]
-    axes[0, 0].barh(list(counts), list(counts.values()), color="#4477aa")
-    axes[0, 0].set_title("training commands by template")
-    names = [t for t in counts if not t.startswith("describe")]
-    axes[0, 1].barh(names, [100 * train["yes_templates"].get(t, 0) / counts[t] for t in names], color="#228833")
-    axes[0, 1].axvline(50, color="black", lw=1)
-    axes[0, 1].set(title="answers YES, %", xlim=(0, 100))
-    complexity, objects = Counter(), Counter()
-    for frame in frames:
-        complexity[frame["complexity"]] += 1
-        objects.update(label["category"] for label in frame["labels"])
-    axes[0, 2].bar(list(complexity), list(complexity.values()), width=1, color="#aa3377")
-    axes[0, 2].set(title="scene complexity (objects seen)", xlabel="objects", ylabel="pictures")
-    axes[0, 3].barh(list(objects), list(objects.values()), color="#ccbb44")
-    axes[0, 3].set_title("labelled objects")
-    rng = random.Random(0)
-    shown, items = rng.sample(range(len(frames)), min(8, len(frames))), {}
-    with open(root / "commands_train.jsonl", encoding="utf-8") as file:
-        for item in map(json.loads, file):
-            if item["picture"] in shown:
-                items.setdefault(item["picture"], []).append(item)
-    for axis, frame in zip(axes[1:].flat, map(frames.__getitem__, shown)):
-        axis.imshow(images[frame["index"]], interpolation="nearest")
-        for o in View(frame, cfg).objects:
-            box = frame["labels"][o.label]["box2d"]
-            corner, sides = (box["x1"] - 0.5, box["y1"] - 0.5), (box["x2"] - box["x1"], box["y2"] - box["y1"])
-            axis.add_patch(plt.Rectangle(corner, *sides, fill=False, lw=1.4, ls="-" if o.certain == TRUE else ":",
-                                         color="#ff3bd4"))
-            axis.text(box["x1"], box["y1"] - 1, o.category, fontsize=7, color="white",
-                      bbox=dict(facecolor="black", alpha=0.6, pad=0.6, lw=0))
-        item, text = rng.choice(items.get(frame["index"], [None])), frame["name"]
-        if item:
-            verdict = "" if item["answer"] is None else "YES: " if item["answer"] else "NO: "
-            text = f"{item['command']}?\n{verdict}{item['reason']}"
-        axis.set_title(text, fontsize=8)
-        axis.axis("off")
-    for axis in axes[1:].flat:
+    """data_dir/report.png: commands and their balance, complexity, object counts, and six example commands."""
+    # Imported here, because the processes that draw or decode do not need it.
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    root = Path(cfg.data_dir)
+    train = meta["report"]["train"]
+    frames = Frames(root / "frames.jsonl")
+    items = Frames(root / "commands_train.jsonl")
+    images = stored_images(cfg, meta)
+    bars = {
+        "training commands (orange: answer YES)": train["templates"],
+        "pictures by number of objects seen": Counter(frame["complexity"] for frame in frames),
+        "labelled objects": Counter(label["category"] for frame in frames for label in frame["labels"])}
+    figure = Figure((14, 13), layout="constrained")
+    axes = figure.subplots(3, 3)
+    for axis, (title, counts) in zip(axes[0], bars.items()):
+        axis.barh(list(counts), list(counts.values()))
+        axis.set_title(title)
+    axes[0, 0].barh(list(train["yes_templates"]), list(train["yes_templates"].values()))
+    # Commands from all parts of the training set.
+    for axis, i in zip(axes[1:].flat, range(0, len(items), len(items) // 6 + 1)):
+        item = items[i]
+        axis.imshow(images[item["picture"]], interpolation="nearest")
+        for label in frames[item["picture"]]["labels"]:
+            x1, y1, x2, y2 = label["box2d"].values()
+            axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color="magenta"))
+        verdict = {True: "YES: ", False: "NO: "}.get(item["answer"], "")
+        axis.set_title(f"{item['command']}?\n{verdict}{item['reason']}", fontsize=8)
         axis.axis("off")
     figure.savefig(root / "report.png", dpi=110)
-    plt.close(figure)
 
 
 def main(cfg):

@@ -1,15 +1,17 @@
 """Word-level tokenizer with a vocabulary small enough to print.
 
 - One word, one token, so that every attention map belongs to a word.
-- A text is `[SOS] command ? [YES] reason [EOS]`. Every command ends in `?`, whatever the user typed: the model answers
-  at that token, so "where the answer looked" is the attention of `?` (PaliGemma ends its prompt in a newline).
-- The vocabulary comes from the grammar of commands.py, not from a data set: models trained on different data share it.
+- A text is `[SOS] command ? [YES] reason [EOS]`. Every command ends in `?`, whatever the user typed. The model answers
+  at that token, so the attention of `?` shows where the answer looked (PaliGemma ends its prompt in a newline).
+- The vocabulary comes from the grammar of commands.py, so models that were trained on different data share it.
 
     python tokenizer.py "is the light red?"
 """
 import re
 import sys
 from difflib import get_close_matches
+
+from commands import vocabulary
 
 SPECIAL = ["[PAD]", "[SOS]", "[EOS]", "[UNK]", "[YES]", "[NO]"]
 PAD, SOS, EOS, UNK, YES, NO = range(len(SPECIAL))
@@ -28,8 +30,10 @@ def split_words(text):
 
 
 class Tokenizer:
-    """Word <-> id tables. words: the vocabulary, with or without the special tokens, which
-    come first; the ids of the rest follow sorted order."""
+    """Tables from words to ids and back. The special tokens come first, then the other words in sorted order.
+
+    words: the vocabulary, with or without the special tokens.
+    """
 
     def __init__(self, words):
         self.words = SPECIAL + sorted(set(words) - set(SPECIAL))
@@ -39,8 +43,11 @@ class Tokenizer:
         return len(self.words)
 
     def encode(self, text):
-        """Ids of the words of `text`, without special tokens around it; an unknown word is [UNK]."""
-        return [self.ids.get(word, UNK) for word in split_words(text)]
+        """Ids of the words of `text`, without special tokens around them; an unknown word is [UNK]."""
+        return self._ids_of(split_words(text))
+
+    def _ids_of(self, words):
+        return [self.ids.get(word, UNK) for word in words]
 
     def decode(self, ids):
         """Text of `ids` up to [EOS], without [PAD], [SOS] and [EOS]."""
@@ -53,43 +60,46 @@ class Tokenizer:
         return " ".join(words)
 
     def unknown(self, text):
-        """[(word, nearest known word or None)] for the words of `text` that are not in the vocabulary."""
-        known = self.words[len(SPECIAL):]
-        return [(word, next(iter(get_close_matches(word, known, 1)), None))
-                for word in split_words(text) if word not in self.ids]
+        """[(word, most similar known word or None)] for each word of `text` that is not in the vocabulary."""
+        unknown = [word for word in split_words(text) if word not in self.ids]
+        similar = [get_close_matches(word, self.words[len(SPECIAL):], 1) for word in unknown]
+        return [(word, found[0] if found else None) for word, found in zip(unknown, similar)]
 
     def prompt(self, command):
-        """[SOS] command ? as ids. Final punctuation of the command is replaced by the one `?`."""
+        """Ids of `[SOS] command ?`. The one `?` replaces all punctuation at the end of the command."""
         words = split_words(command)
         while words and not words[-1][0].isalnum():
             words.pop()
-        return [SOS] + [self.ids.get(word, UNK) for word in words] + [self.ids[PROMPT_END]]
+        return [SOS] + self._ids_of([*words, PROMPT_END])
 
-    def example(self, command, answer, reason):
-        """Ids of a whole text and the length of its prompt. answer: True, False, or None ("describe the scene")."""
+    def encode_text(self, command, answer, reason):
+        """(ids of a whole text, length of its prompt). answer: True, False, or None for a description."""
         prompt = self.prompt(command)
         verdict = [] if answer is None else [YES if answer else NO]
         return prompt + verdict + self.encode(reason) + [EOS], len(prompt)
 
 
 def pad(rows, length=None, left=False):
-    """Rows of ids, made equally long with [PAD]: list of list of int, (N, max length or `length`).
+    """Rows of ids, made equally long with [PAD]: a list of N lists of `length` ids, by default that of the longest.
 
-    left: pad before the text, as generation wants (every prompt then ends in the last column). Raises ValueError
+    left: pad before the text, as generation needs it (every prompt then ends in the last column). Raises ValueError
     when a row is longer than `length`: cutting a command would change what it asks.
     """
-    length = max(map(len, rows)) if length is None else length
     longest = max(map(len, rows))
+    length = longest if length is None else length
     if longest > length:
         raise ValueError(f"a text of {longest} tokens does not fit into {length}")
-    return [[PAD] * (length - len(r)) + list(r) if left else list(r) + [PAD] * (length - len(r)) for r in rows]
+    padded = []
+    for row in rows:
+        pads = [PAD] * (length - len(row))
+        padded.append(pads + list(row) if left else list(row) + pads)
+    return padded
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__.strip())
         sys.exit(0 if len(sys.argv) == 2 else 2)
-    from commands import vocabulary  # here, since commands.py has no need of this file and this file none of it
     tokenizer = Tokenizer(vocabulary())
     ids = tokenizer.prompt(sys.argv[1])
     print(f"vocabulary: {len(tokenizer)} words")

@@ -2,9 +2,10 @@
 
 - Prepares the data itself when they are missing; ends with the test accuracy and a block of `key: value` lines.
 - Two stages in one loop: first the vision encoder learns to see from the words of descriptions, then all learn to read.
+- How long a stage lasts is set in pictures, so 4 x 8 accumulated pictures an update cost what 16 or 32 at once cost.
 - A batch is a function of (seed, position): resuming needs no loader state, and 4 x 8 accumulated equals 32 at once.
 - Augmentation keeps the truth: a flip swaps left and right in the text, a crop is made only if all answers hold.
-- best.pt by validation balanced accuracy, last.pt to go on from, log.csv beside them; Ctrl-C saves.
+- best.pt by validation balanced accuracy, last.pt to resume from, and log.csv, all in out_dir; Ctrl-C saves.
 - Several processes share each batch, and learn what one process learns.
 
     python train.py                                   default: minutes on 2 CPU cores
@@ -13,26 +14,23 @@
     python train.py --preset=base --device=cuda
     python train.py --init_from=out/default/best.pt --lora_rank=8 --out_dir=out/tuned
     python train.py --export=model.pt                 best.pt without what only training needs
-    python train.py --bench=True                      speed, cost and memory of training, to out_dir/bench.json
-    python train.py --lr_range=True                   the loss at rising learning rates, to out_dir/lr_range.json
     torchrun --standalone --nproc_per_node=2 train.py
 
-Shapes: B images, K commands for each, T text tokens, M learned tokens, V words.
+Shapes: B pictures and their rows, L tokens of a row, W tag words, M learned tokens, V words, n questions.
 """
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import math
 import os
-import re
-import shlex
 import signal
 import sys
 import threading
 import time
+import warnings
+import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
@@ -42,34 +40,37 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from PIL import Image
 
 import commands
 import config
 import prepare
 from config import UserError
-from model import VLM, forward_flops, pick_device
-from tokenizer import IGNORE, NO, PAD, YES, Tokenizer, pad
+from model import VLM, WordTagger, as_rows, autocast, pick_device, pick_dtype
+from tokenizer import IGNORE, NO, YES, Tokenizer
 
-FORMAT = 2                    # of checkpoints
-# What a checkpoint holds: what answering needs, which is all that --export writes, and what going on needs besides.
-WEIGHTS = {"format", "config", "words", "mean", "std", "data_hash", "step", "model"}
-PROGRESS = {"tagger", "optimizer", "scaler", "best", "since_best", "top", "unlogged"}
-# What may differ when a run goes on; any other setting would change what was being trained.
-RESUMABLE = {k for k, (section, _, _) in config.SETTINGS.items()
-             if section in ("evaluation", "answering", "ablations")} | {
-    "resume", "device", "dtype", "workers", "prefetch", "log_every", "eval_every", "eval_items", "tensorboard",
-    "save_top", "max_steps", "early_stopping", "out_dir", "data_dir", "attention", "bench", "lr_range", "export"}
+FORMAT = 3                    # of checkpoints
+# What of a checkpoint only training needs.
+PROGRESS = ("tagger", "optimizer", "scaler", "best", "since_best", "top", "unlogged")
+# Sections of config.py whose settings shape what is trained: a resumed run may change only the others, and how long it
+# reads.
+SHAPING = ("data", "commands", "model", "training")
+RESUMABLE = {name for name, (section, _, _) in config.SETTINGS.items() if section not in SHAPING} | {"read_pictures"}
 
 # ---- data ----
+
+# Words of a description that say what is seen, for the first stage of training (WordTagger).
+TAGS = sorted({commands.NOUNS[c][0].split()[-1] for c in commands.CATEGORIES} | set(commands.COLOURS) | {"near", "far"})
 
 
 @dataclasses.dataclass
 class Batch:
-    """images (B, 3, S, S) float32 normalised; tokens and targets (B, K, T) int64, targets -100 where not learned;
-    tags (B, 4, W) float32: which of TAGS the descriptions of the scene, the left, the way ahead and the right name."""
+    """images (B, 3, S, S) float32, normalised; tokens, segment and targets (B, L) int64, see model.as_rows, targets
+    IGNORE where nothing is learned; tags (B, 4, W) float32: which of TAGS the descriptions of the scene, the left, the
+    way ahead and the right name."""
     images: torch.Tensor
     tokens: torch.Tensor
+    segment: torch.Tensor
     targets: torch.Tensor
     tags: torch.Tensor
 
@@ -83,112 +84,158 @@ def normalise(pictures, mean, std):
     return planes
 
 
-# Words of a description that say what is seen, for the first stage of training (WordTagger).
-TAGS = sorted({commands.NOUNS[c][0].split()[-1] for c in commands.CATEGORIES} | set(commands.COLOURS) | {"near", "far"})
+def targets_of(ids, prompt):
+    """What each token of a text learns to say next: IGNORE in the prompt, whose last token `?` learns the answer."""
+    return [IGNORE] * (prompt - 1) + ids[prompt:] + [IGNORE]
 
 
 class Data:
     """A set of commands (train, val, test, ood, test_words, test_combos) with its pictures, as memory maps.
 
-    cfg: settings; meta: from prepare.load_meta. `index` (n, 4) int32: picture, prompt length, text length, answer.
+    cfg: settings; meta: from prepare.load_meta. `index` (n, 4) int32: picture, prompt length, text length, answer (1
+    YES, 0 NO, -1 for a description). The commands of a picture are neighbours, and start with its four descriptions.
     """
 
     def __init__(self, cfg, meta, name):
         root = Path(cfg.data_dir)
-        self.cfg, self.name = cfg, name
-        self.images = np.load(root / "images.npy", mmap_mode="r")                 # (N, S, S, 3) uint8
+        self.cfg = cfg
+        self.name = name
+        self.images = prepare.stored_images(cfg, meta)                            # (N, S, S, 3) uint8
         self.tokens = np.load(root / f"tokens_{name}.npy", mmap_mode="r")         # (n, longest) uint16
         self.index = np.load(root / f"index_{name}.npy")
+        longest = self.tokens.shape[1]
+        if longest > min(cfg.max_text, cfg.row_tokens):
+            raise UserError(f"max_text={cfg.max_text} or row_tokens={cfg.row_tokens} is too short: the longest command "
+                            f"in {root} with its answer has {longest} tokens")
         self.tokenizer = Tokenizer(json.loads((root / "vocab.json").read_text(encoding="utf-8")))
-        self.mean, self.std = meta["mean"], meta["std"]
+        self.mean = meta["mean"]
+        self.std = meta["std"]
         self.pictures, self.starts = np.unique(self.index[:, 0], return_index=True)
-        self.ends = np.append(self.starts[1:], len(self.index))                   # items of a picture are neighbours
+        self.ends = np.append(self.starts[1:], len(self.index))
         ids = self.tokenizer.ids
-        self.mirror = np.arange(len(self.tokenizer))
+        self.mirror = np.arange(len(self.tokenizer))                              # what a flip makes of each word
         self.mirror[[ids["left"], ids["right"]]] = ids["right"], ids["left"]
-        self.tag = np.full(len(self.tokenizer), -1)
+        self.tag = np.full(len(self.tokenizer), -1)                               # number in TAGS of each word
         self.tag[[ids[word] for word in TAGS]] = range(len(TAGS))
         if cfg.crop:                                                              # a crop asks the rules again
-            with open(root / "frames.jsonl", encoding="utf-8") as file:
-                self.frames = [json.loads(line) for line in file]
+            self.frames = prepare.Frames(root / "frames.jsonl")
             self.items = prepare.read_items(root, name)
 
+    def text(self, row):
+        """Token ids of command `row` with its answer, and the length of its prompt."""
+        _, prompt, length, _ = self.index[row]
+        return self.tokens[row, :length], prompt
+
+    def tags_of(self, descriptions):
+        """(4, W): which of TAGS each of a picture's first four descriptions names; the first, all that any names."""
+        tags = np.zeros((4, len(TAGS)), np.float32)
+        for row, item in zip(tags, descriptions):
+            ids, prompt = self.text(item)
+            named = self.tag[ids[prompt:]]
+            row[named[named >= 0]] = 1
+        # The description of the whole scene stops after max_describe objects; those of its parts name the others.
+        tags[0] = tags.max(0)
+        return tags
+
+    def fitting(self, items):
+        """Those of the items, in their order, that fit into one row together: rows of one length waste no work."""
+        room = self.cfg.row_tokens
+        chosen = []
+        for item in items:
+            length = self.index[item, 2]
+            if length <= room:
+                chosen.append(item)
+                room -= length
+        return np.array(chosen)
+
+    def example(self, position, k):
+        """Training picture number k, shown as the one at `position` of all that training shows.
+
+        Returns the picture, its texts as [(ids, prompt length)], its tags (4, W), and contrast and brightness, about 1.
+        """
+        cfg = self.cfg
+        rng = np.random.default_rng([cfg.seed, 1, position])
+        picture = self.images[self.pictures[k]]
+        items = np.arange(self.starts[k], self.ends[k])
+        descriptions = items[self.index[items, 3] < 0]
+        described = rng.permutation(descriptions)[:cfg.descriptions_per_image]
+        questions = rng.permutation(items[self.index[items, 3] >= 0])
+        chosen = self.fitting(np.concatenate((described, questions)))
+        tags = self.tags_of(descriptions)
+        if cfg.crop:
+            picture = self._crop(picture, np.concatenate((chosen, descriptions[:4])), rng)
+        texts = [self.text(item) for item in chosen]
+        if rng.random() < cfg.flip:
+            picture = picture[:, ::-1]
+            texts = [(self.mirror[ids], prompt) for ids, prompt in texts]
+            tags = tags[[0, 3, 2, 1]]
+        gains = 1 + cfg.jitter * rng.uniform(-1, 1, 2)
+        return picture, [(ids.tolist(), prompt) for ids, prompt in texts], tags, gains
+
     def batch(self, position, size):
-        """The training batch of `size` pictures from global picture counter `position` on."""
-        cfg, n, rows, pictures, gains, tags = self.cfg, len(self.pictures), [], [], [], []
-        orders = {e: np.random.default_rng([cfg.seed, e]).permutation(n)          # of each pass over the pictures
-                  for e in range(position // n, (position + size - 1) // n + 1)}
-        for p in range(position, position + size):
-            rng, k = np.random.default_rng([cfg.seed, 1, p]), orders[p // n][p % n]
-            picture = self.images[self.pictures[k]]
-            items = np.arange(self.starts[k], self.ends[k])
-            asked, descriptions = items[self.index[items, 3] >= 0], items[self.index[items, 3] < 0]
-            described = rng.permutation(descriptions)[:cfg.descriptions_per_image]
-            wanted = cfg.commands_per_image - len(described)
-            asked = asked if len(asked) else descriptions
-            asked = rng.choice(asked, wanted, replace=len(asked) < wanted)
-            chosen = np.concatenate((described, asked))
-            tag = np.zeros((4, len(TAGS)), np.float32)
-            for row, item in zip(tag, descriptions):        # of the scene, left, ahead, right; then come those of WHERE
-                named = self.tag[self.tokens[item, self.index[item, 1]:self.index[item, 2]]]
-                row[named[named >= 0]] = 1
-            tag[:1] = tag.max(0, initial=0)      # the scene's own description stops after max_describe objects
-            chosen = chosen[np.argsort(-self.index[chosen, 2], kind="stable")]    # the longest names the most
-            if cfg.crop:
-                picture = self._crop(picture, np.concatenate((chosen, descriptions[:4])), rng)
-            tokens = self.tokens[chosen]
-            if rng.random() < cfg.flip:
-                picture, tokens, tag = picture[:, ::-1], self.mirror[tokens], tag[[0, 3, 2, 1]]
-            gains.append(1 + cfg.jitter * rng.uniform(-1, 1, 2))
-            pictures.append(picture)
-            rows.append((chosen, tokens))
-            tags.append(tag)
+        """The training Batch of `size` pictures from the picture at `position` of all that training shows."""
+        n = len(self.pictures)
+        orders = {}                                                               # of each pass over the pictures
+        examples = []
+        for place in range(position, position + size):
+            number, k = divmod(place, n)
+            if number not in orders:
+                orders[number] = np.random.default_rng([self.cfg.seed, number]).permutation(n)
+            examples.append(self.example(place, orders[number][k]))
+        pictures, texts, tags, gains = zip(*examples)
         # numpy only, since this runs in the prefetching thread: a torch operation there would start a second pool of
         # OpenMP threads, and the two pools together halve the speed of a CPU.
         images = normalise(pictures, self.mean, self.std)
-        contrast, light = np.float32(gains).T[:, :, None, None, None]
-        if cfg.jitter:
+        if self.cfg.jitter:
+            contrast, light = np.float32(gains).T[:, :, None, None, None]
             images *= contrast
             images += (light - 1) * 2
-        chosen = np.stack([c for c, _ in rows])                                   # (B, K)
-        longest = min(-self.index[chosen, 2].max() // 8 * -8, self.tokens.shape[1])   # few sizes, see Decoder.forward
-        tokens = np.stack([t[:, :longest] for _, t in rows]).astype(np.int64)
-        # The target of a token is the next one; prompts and padding teach nothing. The last prompt token, `?`, answers.
-        targets = np.full_like(tokens, IGNORE)
-        following = tokens[..., 1:]
-        learned = (np.arange(1, longest) >= self.index[chosen, 1][..., None]) & (following != PAD)
-        targets[..., :-1] = np.where(learned, following, IGNORE)
-        return Batch(*map(torch.from_numpy, (images, tokens, targets, np.stack(tags))))
+        tokens, segment = as_rows([[ids for ids, _ in own] for own in texts], self.cfg.row_tokens)
+        targets = np.full(tokens.shape, IGNORE)
+        for row, own in zip(targets, texts):
+            learned = [target for ids, prompt in own for target in targets_of(ids, prompt)]
+            row[:len(learned)] = learned
+        batch = [torch.from_numpy(images), tokens, segment, torch.from_numpy(targets), torch.from_numpy(np.stack(tags))]
+        if torch.cuda.is_available():
+            batch = [tensor.pin_memory() for tensor in batch]                     # a GPU copies it while it computes
+        return Batch(*batch)
 
     def micro_batches(self, update, low, high):
         """The micro-batches of an update; of each, pictures `low` to `high`, which is the share of one process."""
-        first, size = update * self.cfg.grad_accum * self.cfg.batch_size, self.cfg.batch_size
+        size = self.cfg.batch_size
+        first = update * self.cfg.grad_accum * size
         return [self.batch(first + m * size + low, high - low) for m in range(self.cfg.grad_accum)]
 
     def _crop(self, picture, chosen, rng):
         """A random crop of `picture`, resized back, if the chosen commands keep their answers and texts."""
-        cfg, size = self.cfg, picture.shape[0]
-        side = size * (1 - rng.uniform(0, cfg.crop))
+        size = picture.shape[0]
+        side = size * (1 - rng.uniform(0, self.cfg.crop))
         x, y = rng.uniform(0, size - side, 2)
         frame = self.frames[self.items[chosen[0]]["picture"]]
         labels = []
         for label in frame["labels"]:
-            box = {k: (label["box2d"][k] - (x if "x" in k else y)) * size / side for k in label["box2d"]}
-            box = {k: min(max(v, 0.0), float(size)) for k, v in box.items()}
+            box = {}
+            for edge, value in label["box2d"].items():
+                moved = (value - (x if "x" in edge else y)) * size / side
+                box[edge] = min(max(moved, 0.0), float(size))
             if box["x2"] - box["x1"] > 1 and box["y2"] - box["y1"] > 1:
                 labels.append(dict(label, box2d=box))
-        view = commands.View(dict(frame, labels=labels), cfg)
-        for item in (self.items[i] for i in chosen):
-            same = commands.check_reason(item["reason"], view) == commands.TRUE
-            if item["answer"] is not None:
-                question = commands.Question(item["template"], item["first"], item["second"])
-                same &= question.truth(view) == (commands.TRUE if item["answer"] else commands.FALSE)
-            elif item["template"] != "where":
-                same &= commands.describe(view, cfg.max_describe, item["place"] or None) == item["reason"]
-            if not same:
-                return picture
-        box = (x, y, x + side, y + side)
-        return np.asarray(prepare.Image.fromarray(picture).resize((size, size), prepare.Image.BILINEAR, box=box))
+        view = commands.View(dict(frame, labels=labels), self.cfg)
+        if not all(self._holds(self.items[i], view) for i in chosen):
+            return picture
+        cropped = Image.fromarray(picture).resize((size, size), Image.BILINEAR, box=(x, y, x + side, y + side))
+        return np.asarray(cropped)
+
+    def _holds(self, item, view):
+        """Whether the answer and the text of a stored command are true of a view."""
+        if commands.check_reason(item["reason"], view) != commands.TRUE:
+            return False
+        if item["answer"] is not None:
+            truth = commands.TRUE if item["answer"] else commands.FALSE
+            return commands.question_of(item).truth(view) == truth
+        if item["template"] == "where":
+            return True
+        return commands.describe(view, self.cfg.max_describe, item["place"] or None) == item["reason"]
 
 
 def prefetched(make, first, last, depth):
@@ -203,8 +250,8 @@ def prefetched(make, first, last, depth):
 
 
 # ---- several processes ----
-# Each holds the whole model and takes its slice of the pictures of every micro-batch. Gradients are summed by hand:
-# a loss is a sum over all tokens divided by one total, so the sum of gradients is exact where the mean that
+# Each holds the whole model and takes its share of the pictures of every micro-batch. Gradients are summed by hand: a
+# loss is a sum over all tokens divided by one total, so the sum of gradients is exact where the mean that
 # DistributedDataParallel takes is not, and a stage that leaves parameters out needs nothing special.
 
 def join_processes(device):
@@ -219,7 +266,9 @@ def join_processes(device):
 
 def processes():
     """(number of this process, how many there are): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def summed(tensor):
@@ -228,7 +277,7 @@ def summed(tensor):
         try:
             dist.all_reduce(tensor)
         except RuntimeError:
-            raise UserError("another process of this training has ended: to go on add --resume=True to the command, "
+            raise UserError("another process of this training has ended: to resume add --resume=True to the command, "
                             "with any number of processes") from None
     return tensor
 
@@ -270,83 +319,94 @@ def token_loss(logits, targets, cfg):
     return (loss * token_weights(targets, cfg)).sum()
 
 
-def attention_entropy(weights, tokens):
+def attention_entropy(weights, real):
     """Mean entropy of the attention of real tokens, in nats: H(A) = -sum A log A over the keys.
 
-    weights (layers, N, H, T, S), tokens (N, T).
+    weights (layers, B, H, L, S), real (B, L) bool.
     """
     weights = weights.float()
     # Below the smallest number a weight adds nothing; without the bound the slope of x log x there is infinite, and NaN
     # once it meets the softmax's slope of 0.
     smallest = torch.finfo(torch.float32).tiny
-    rows = -(weights * weights.clamp(min=smallest).log()).sum(-1)                 # (layers, N, H, T)
-    return rows.transpose(2, 3)[:, tokens != PAD].mean()
+    rows = -(weights * weights.clamp(min=smallest).log()).sum(-1)                 # (layers, B, H, L)
+    return rows.transpose(2, 3)[:, real].mean()
 
 
-class WordTagger(torch.nn.Module):
-    """Which of TAGS stand in each of the four descriptions of a picture, read off its patches; used in training only.
+def batch_loss(model, tagger, batch, cfg, total, reads=True):
+    """Loss of a micro-batch as its share of an update: token losses / total of the whole update, plus extras.
 
-    A query for each description and word attends to the patches (one head); a linear unit reads the answer. The first
-    stage trains the encoder by it, without the decoder and so several times faster: descriptions as labels, after
-    SuperClass (Huang et al. 2024, arXiv:2411.03313). It sees no boxes, so attention is not supervised.
-    """
-
-    def __init__(self, dim):
-        super().__init__()
-        self.query = torch.nn.Parameter(torch.randn(4, len(TAGS), dim))
-        self.key, self.value = torch.nn.Linear(dim, dim), torch.nn.Linear(dim, dim)
-        self.weight = torch.nn.Parameter(torch.randn(4, len(TAGS), dim) * dim ** -0.5)
-        self.bias = torch.nn.Parameter(torch.zeros(4, len(TAGS)))
-
-    def forward(self, patches):
-        """patches (B, P, D) to logits (B, 4, W)."""
-        scores = self.query.flatten(0, 1) @ self.key(patches).transpose(1, 2) * patches.shape[-1] ** -0.5  # (B, 4W, P)
-        found = scores.softmax(-1) @ self.value(patches)                                                  # (B, 4W, D)
-        return (found * self.weight.flatten(0, 1)).sum(-1).unflatten(1, self.bias.shape) + self.bias
-
-
-def batch_loss(model, tagger, batch, cfg, total_weight, read=True):
-    """Loss of a micro-batch as its share of an update: token losses / total_weight of the whole update, plus extras.
-
-    Extras are means over the micro-batch's pictures, weighed by its share of the update's. read: False in the first
+    Extras are means over the micro-batch's pictures, weighed by its share of the update's. reads: False in the first
     stage, when only the encoder learns, from the tagger.
     """
-    vision, loss = model.encode(batch.images), 0.0
+    vision = model.encode(batch.images)
     share = len(batch.images) / (cfg.batch_size * cfg.grad_accum)
+    loss = 0.0
     if tagger is not None:
-        loss = share * cfg.tag_weight * F.binary_cross_entropy_with_logits(tagger(vision).float(), batch.tags)
-    if not read:
+        tag_loss = F.binary_cross_entropy_with_logits(tagger(vision).float(), batch.tags)
+        loss = share * cfg.tag_weight * tag_loss
+    if not reads:
         return loss
-    loss_fn = lambda logits, targets: token_loss(logits, targets, cfg) / total_weight     # noqa: E731
+
+    def loss_fn(logits, targets):
+        return token_loss(logits, targets, cfg) / total
     attn = {"self": [], "cross": []} if cfg.entropy_weight else None
-    text_loss = model.decode(vision, batch.tokens, batch.targets, loss_fn=loss_fn, attn=attn)
-    if attn is not None:
-        text_loss, attn = text_loss
-        loss = loss + share * cfg.entropy_weight * attention_entropy(attn["cross"], batch.tokens.flatten(0, 1))
-    loss = loss + text_loss
-    if cfg.contrast_weight:       # the longest text of a picture, mostly its description, is the one that names it
-        words = torch.where(batch.targets[:, 0] >= 0, batch.targets[:, 0], PAD)
-        words = words.gather(1, torch.argsort((words == PAD).int(), dim=1, stable=True))      # moved to the left
-        loss = loss + share * cfg.contrast_weight * model.contrastive_loss(vision, words)
+    loss = loss + model.decode(vision, batch.tokens, batch.segment, batch.targets, loss_fn, attn)
+    if cfg.entropy_weight:
+        entropy = attention_entropy(torch.stack(attn["cross"]), batch.segment > 0)
+        loss = loss + share * cfg.entropy_weight * entropy
+    if cfg.contrast_weight:
+        loss = loss + share * cfg.contrast_weight * model.contrastive_loss(vision, batch.tokens, batch.segment)
     return loss
 
 
 # ---- optimizer and schedule ----
 
+def updates(cfg, pictures):
+    """How many updates show so many pictures."""
+    return math.ceil(pictures / (cfg.batch_size * cfg.grad_accum))
+
+
 def see_updates(cfg):
     """Updates of the first stage, in which only the encoder learns."""
-    return min(cfg.see_steps, int(0.6 * cfg.max_steps)) if cfg.tag_weight else 0
+    return updates(cfg, cfg.see_pictures) if cfg.tag_weight else 0
+
+
+def all_updates(cfg):
+    """Updates of both stages."""
+    return see_updates(cfg) + updates(cfg, cfg.read_pictures)
+
+
+def lr_scale(step, cfg):
+    """Share of the peak learning rate at update `step`: in each stage a linear warm-up, then cfg.schedule."""
+    length = see_updates(cfg)
+    if step >= length:                                      # the second stage
+        step = step - length
+        length = updates(cfg, cfg.read_pictures)
+    warmup = updates(cfg, cfg.warmup_pictures)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, length - warmup))
+    if cfg.schedule == "constant":
+        return 1.0
+    if cfg.schedule == "step":
+        factor = 1.0 if done < 0.6 else 0.1
+        return max(cfg.min_lr, factor if done < 0.85 else 0.01)
+    if cfg.schedule == "restarts" and done < 1:
+        done = (done * 3) % 1.0
+    return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def make_optimizer(model, tagger, cfg, device):
     """AdamW with a learning rate for each part and weight decay on matrices only."""
-    rates, groups = {"vision": cfg.lr_vision, "projection": cfg.lr_projection, "decoder": cfg.lr, "contrast": cfg.lr,
-                     "tagger": cfg.lr_vision}, {}
+    rates = {"vision": cfg.lr_vision, "tagger": cfg.lr_vision, "projection": cfg.lr_projection, "decoder": cfg.lr,
+             "contrast": cfg.lr}
     named = list(model.named_parameters())
-    named += [(f"tagger.{name}", p) for name, p in tagger.named_parameters()] if tagger else []
+    if tagger is not None:
+        named += [(f"tagger.{name}", p) for name, p in tagger.named_parameters()]
+    groups = {}
     for name, p in named:
         part = name.split(".")[0]
-        decays = p.ndim >= 2 and not any(word in name for word in ("embedding", "positions"))
+        decays = p.ndim >= 2 and "embedding" not in name and "positions" not in name
         groups.setdefault((part, decays), []).append(p)
     return torch.optim.AdamW([dict(params=params, lr=rates[part], peak=rates[part],
                                    weight_decay=cfg.weight_decay if decays else 0.0)
@@ -354,142 +414,54 @@ def make_optimizer(model, tagger, cfg, device):
                              betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=device.type in ("cpu", "cuda"))
 
 
-def lr_scale(step, cfg):
-    """Share of the peak learning rate at update `step`: linear warm-up, then cfg.schedule down to cfg.min_lr."""
-    if step < cfg.warmup_steps:
-        return (step + 1) / cfg.warmup_steps
-    done = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
-    if cfg.schedule == "constant":
-        return 1.0
-    if cfg.schedule == "step":
-        return max(cfg.min_lr, 0.01 if done >= 0.85 else 0.1 if done >= 0.6 else 1.0)
-    if cfg.schedule == "restarts":
-        done = (done * 3) % 1.0 if done < 1 else 1.0
-    return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+# ---- answers to a set of questions ----
 
-
-def pick_dtype(cfg, device):
-    """(torch dtype of autocast, reason in words)."""
-    if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype), "as set"
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device)[0] >= 8:
-            return torch.bfloat16, "the GPU computes bfloat16"
-        return torch.float16, "the GPU has no bfloat16 units: float16 with loss scaling"
-    if device.type == "cpu":
-        flags = Path("/proc/cpuinfo")
-        text = flags.read_text(encoding="utf-8") if flags.exists() else ""
-        found = next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in text), None)
-        return (torch.bfloat16, f"{found} found") if found else (torch.float32, "the CPU has no fast bfloat16")
-    return torch.float32, "safest on this device"
-
-
-def autocast(dtype, device):
-    """torch.autocast at dtype, or nothing for float32."""
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-
-
-# ---- prediction, shared with evaluate.py ----
-
-def rectangle(prompts, left=False):
-    """Prompts as tokens (B, K, T): B lists of K lists of ids, where K may differ; [PAD] after (left: before) each."""
-    K = max(map(len, prompts))
-    rows = [ids for own in prompts for ids in [*own, *[[PAD]] * (K - len(own))]]
-    return torch.tensor(pad(rows, left=left)).unflatten(0, (len(prompts), K))
-
-
-def verdicts(decoder, tokens, vision=None, attn=None):
-    """(log-odds of YES against NO, which token they are read at) of prompts as tokens (N, T): (N,) each.
-
-    The answer is what follows the last token of a prompt. vision, attn: as for the decoder.
-    """
-    last = (tokens != PAD).sum(1).clamp(min=1) - 1
-    hidden = decoder(tokens, vision, attn=attn)[torch.arange(len(tokens), device=tokens.device), last]      # (N, D)
-    logits = decoder.logits(hidden)
-    return logits[:, YES] - logits[:, NO], last
-
-
-@torch.no_grad()
-def answer_odds(model, images, prompts, device, dtype):
-    """Log-odds of YES against NO: list of arrays (K,), one a picture.
-
-    images (B, 3, S, S) float32 normalised; prompts as for `rectangle`.
-    """
-    tokens = rectangle(prompts).flatten(0, 1).to(device)                                                    # (N, T)
-    with autocast(dtype, device):
-        odds, _ = verdicts(model.decoder, tokens, model.encode(images.to(device)))
-    return [row[:len(own)] for row, own in zip(odds.view(len(prompts), -1).cpu().numpy(), prompts)]
-
-
-def predict(model, data, cfg, device, dtype, picture="right", limit=0):
+def predict(model, data, cfg, dtype, limit=0):
     """Log-odds of YES against NO for the questions of a set: (item rows (n,), log-odds (n,)).
 
-    picture: right, blank (the mean colour) or wrong (another picture of the set). limit: about so many questions,
-    spread over the set; 0 = all. Several processes take turns at the batches, and each returns the whole.
+    limit: about so many questions, of whole pictures, spread over the set; 0 = all. Several processes take turns at the
+    batches, and each returns the whole.
     """
     model.eval()
     rank, ranks = processes()
-    questions = np.flatnonzero(data.index[:, 3] >= 0)
-    groups = np.split(questions, np.flatnonzero(np.diff(data.index[questions, 0])) + 1) if len(questions) else []
-    if limit and limit < len(questions):
-        keep = np.linspace(0, len(groups) - 1, max(1, round(len(groups) * limit / len(questions)))).astype(int)
-        groups = [groups[i] for i in keep]
-    own = [data.index[g[0], 0] for g in groups]
-    shown = own if picture != "wrong" else list(np.roll(own, len(own) // 2))
-    odds = []
-    for start in range(0, len(groups), cfg.eval_batch):
+    rows = np.flatnonzero(data.index[:, 3] >= 0)
+    if not len(rows):
+        return rows, np.zeros(0)
+    groups = np.split(rows, np.flatnonzero(np.diff(data.index[rows, 0])) + 1)     # one a picture
+    if limit and limit < len(rows):
+        count = max(1, round(len(groups) * limit / len(rows)))
+        groups = [groups[i] for i in np.linspace(0, len(groups) - 1, count).astype(int)]
+        rows = np.concatenate(groups)
+    odds = np.zeros(len(rows), np.float32)
+    done = 0
+    for number, start in enumerate(range(0, len(groups), cfg.eval_batch)):
         part = groups[start:start + cfg.eval_batch]
-        if start // cfg.eval_batch % ranks != rank:
-            odds += [np.zeros(len(g), np.float32) for g in part]
-            continue
-        images = data.images[np.array(shown[start:start + cfg.eval_batch])]
-        images = torch.from_numpy(normalise(images, data.mean, data.std))
-        images = torch.zeros_like(images) if picture == "blank" else images
-        prompts = [[data.tokens[r, :data.index[r, 1]].tolist() for r in g] for g in part]
-        odds += answer_odds(model, images, prompts, device, dtype)
-    if not odds:
-        return np.zeros(0, int), np.zeros(0)
-    return np.concatenate(groups), summed(torch.from_numpy(np.concatenate(odds))).numpy()
+        end = done + sum(map(len, part))
+        if number % ranks == rank:
+            pictures = data.images[[data.index[group[0], 0] for group in part]]
+            images = torch.from_numpy(normalise(pictures, data.mean, data.std))
+            prompts = [[data.tokens[row, :data.index[row, 1]].tolist() for row in group] for group in part]
+            odds[done:end] = model.ask(images, prompts, dtype)
+        done = end
+    return rows, summed(torch.from_numpy(odds)).numpy()
 
 
 def balanced_accuracy(truth, odds):
     """Mean of the accuracies on YES and on NO items, in [0, 1]; NaN without items of both."""
-    truth, said = np.asarray(truth, bool), np.asarray(odds) > 0
+    truth = np.asarray(truth, bool)
+    says_yes = np.asarray(odds) > 0
     if truth.all() or not truth.any():
         return math.nan
-    return float(said[truth].mean() + (~said[~truth]).mean()) / 2
-
-
-def validate(model, data, cfg, device, dtype):
-    """(balanced accuracy, answer loss in nats, confusion) on a sample of a set; a loss of ln 2 = 0.693 is guessing.
-
-    confusion: how often (YES, NO) was said where YES is true, and where NO is.
-    """
-    rows, odds = predict(model, data, cfg, device, dtype, limit=cfg.eval_items)
-    truth = data.index[rows, 3]
-    loss = np.logaddexp(0, np.where(truth == 1, -odds, odds)).mean()
-    confusion = [(int((odds[truth == t] > 0).sum()), int((odds[truth == t] <= 0).sum())) for t in (1, 0)]
-    return balanced_accuracy(truth, odds), float(loss), confusion
+    return float(says_yes[truth].mean() + (~says_yes[~truth]).mean()) / 2
 
 
 # ---- checkpoints ----
 
-def checksum(value):
-    """SHA-256, hex, of a checkpoint's content, not its file: names, dtype, shape, bytes of tensors; plain values."""
-    if isinstance(value, torch.Tensor):
-        data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-        content = f"{value.dtype} {tuple(value.shape)} ".encode() + data.tobytes()
-    elif isinstance(value, (dict, list, tuple)):
-        content = "".join(map(checksum, value.items() if isinstance(value, dict) else value)).encode()
-    else:
-        content = repr(value).encode()
-    return hashlib.sha256(content).hexdigest()
-
-
 def save_checkpoint(path, content):
-    """Write content and its checksum by a temporary file and os.replace, so that `path` is never half a checkpoint."""
-    temporary, buffer = Path(f"{path}.tmp"), io.BytesIO()
-    torch.save(dict(content, checksum=checksum(content)), buffer)                 # a file's errors it hides
+    """Write content by a temporary file and os.replace, so that `path` is never half a checkpoint."""
+    temporary = Path(f"{path}.tmp")
+    buffer = io.BytesIO()
+    torch.save(content, buffer)                             # to a path, torch.save would hide errors of the disk
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -502,65 +474,51 @@ def save_checkpoint(path, content):
         raise UserError(f"cannot write {path}, what was there is unchanged: {error}") from None
 
 
-def read_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu"):
     """A checkpoint's dict. Raises UserError when there is none, it is damaged, or of another format."""
     try:
+        # A checkpoint is a zip archive with a checksum for every entry, which torch.load does not look at.
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise ValueError(f"its entry {broken} does not match its checksum")
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}: run python train.py, or pass --checkpoint=FILE") from None
+        raise UserError(f"there is no checkpoint {path}: run python train.py, or pass --checkpoint=FILE") from None
     except Exception as error:                              # unpickling fails in many ways
         first = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is not a checkpoint of train.py, or it is damaged: {first}") from None
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise UserError(f"{path} is of format {found!r}, and this train.py reads format {FORMAT}: train again")
-    written, needed = state.pop("checksum", None), WEIGHTS | PROGRESS if PROGRESS & set(state) else WEIGHTS
-    if set(state) != needed:
-        differs = [f"{word} {', '.join(sorted(map(str, keys)))}" for word, keys in (
-            ("lacks", needed - set(state)), ("holds unknown", set(state) - needed)) if keys]
-        raise UserError(f"{path} {' and '.join(differs)}: it is of another train.py")
-    if checksum(state) != written:
-        raise UserError(f"{path} is damaged: its content does not match its checksum")
     return state
-
-
-def load_checkpoint(path, device="cpu"):
-    """read_checkpoint, whose error offers best.pt or last.pt of the same folder if that is whole."""
-    try:
-        return read_checkpoint(path, device)
-    except UserError as error:
-        offer = ""
-        for other in (Path(path).with_name("best.pt"), Path(path).with_name("last.pt")):
-            with contextlib.suppress(UserError):
-                step = read_checkpoint(other)["step"]
-                offer = f"; {other} of step {step} is whole: pass --checkpoint={shlex.quote(str(other))}"
-        raise UserError(f"{error}{offer}") from None
 
 
 def load_weights(module, weights, path):
     """Fill a module strictly. Raises UserError that names the tensors which differ from those of the checkpoint."""
-    there, here = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (weights, module.state_dict()))
-    differs = [f"{k} is {there.get(k, 'absent')} there, {here.get(k, 'absent')} here" for k in {**there, **here}
-               if there.get(k) != here.get(k)]
+    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    differs = [f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+               for name in {**there, **here} if there.get(name) != here.get(name)]
     if differs:
         raise UserError(f"{path} is of another architecture, {len(differs)} tensors differ: {'; '.join(differs[:3])}")
     module.load_state_dict(weights)
 
 
 def load_model(cfg, make_model=VLM):
-    """(model in eval mode, its settings with cfg's run and evaluation settings, tokenizer, state, device).
+    """The checkpoint cfg.checkpoint, or out_dir/best.pt, ready to be asked, with LoRA's changes in its weights.
 
-    LoRA's changes are merged into the weights. make_model: as for `train`.
-
-    The checkpoint is cfg.checkpoint or out_dir/best.pt.
+    Returns (model in eval mode, its settings with cfg's where they do not shape what is trained, tokenizer, the
+    checkpoint's dict, device). make_model: as for `train`.
     """
-    device, path = pick_device(cfg), cfg.checkpoint or str(Path(cfg.out_dir) / "best.pt")
+    device = pick_device(cfg)
+    path = cfg.checkpoint or str(Path(cfg.out_dir) / "best.pt")
     state = load_checkpoint(path, device)
-    trained = dict(vars(config.from_args()), **state["config"])
-    for name, (section, _, _) in config.SETTINGS.items():
-        if section in ("run", "evaluation", "answering", "ablations") or name == "attention":
-            trained[name] = getattr(cfg, name)
-    cfg = type(cfg)(**trained)
+    settings = dict(vars(cfg))
+    for name, value in state["config"].items():
+        if name not in RESUMABLE and name != "seed":        # what is shown and sampled is drawn by cfg's seed
+            settings[name] = value
+    cfg = type(cfg)(**settings)
     tokenizer = Tokenizer(state["words"])
     model = make_model(cfg, len(tokenizer))
     if cfg.lora_rank:
@@ -571,118 +529,184 @@ def load_model(cfg, make_model=VLM):
     return model.eval(), cfg, tokenizer, state, device
 
 
-# ---- starting from other weights ----
-
-def resize_positions(weights, name, grid):
-    """Bring the learned positions (P, D) that `name` has in `weights`, if it does, to `grid` patches, bilinearly."""
-    old = weights.get(name)
-    if old is not None and len(old) != grid and math.isqrt(len(old)) ** 2 == len(old):
-        square = old.T.unflatten(1, (math.isqrt(len(old)), -1))[None]                        # (1, D, side, side)
-        square = F.interpolate(square, size=(math.isqrt(grid),) * 2, mode="bilinear")
-        weights[name] = square[0].flatten(1).T.contiguous()
-
-
-SIGLIP = {"layer_norm1": "norm1", "self_attn.q_proj": "attn.q", "self_attn.out_proj": "attn.out",
-          "layer_norm2": "norm2", "mlp.fc1": "up", "mlp.fc2": "down"}
-SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16}  # by width, of the published ones: the weights do not tell
+def export(cfg):
+    """Write what answering needs of cfg.checkpoint or out_dir/best.pt to cfg.export."""
+    if Path(cfg.export).exists():
+        raise UserError(f"{cfg.export} exists: export to another file, or delete it")
+    model, _, _, state, _ = load_model(cfg)
+    kept = {key: value for key, value in state.items() if key not in PROGRESS}
+    save_checkpoint(cfg.export, dict(kept, model=model.state_dict(), config=dict(state["config"], lora_rank=0)))
+    print(f"exported the checkpoint of step {state['step']} to {cfg.export}")
 
 
-def from_siglip(weights, mean, std):
-    """Tensors of HF's SiglipVisionModel, alone or within a larger model, by the names that VisionEncoder gives them.
+# ---- starting from the weights of another run ----
 
-    SigLIP takes pictures in [-1, 1], ours are normalised by mean and std (3,): the patch embedding makes up for it.
-    """
-    pattern = r"(?:(?:.*\.)?vision_model\.)?((?:embeddings|encoder|post_layernorm)\..+)"
-    theirs = {m[1]: tensor.float() for name, tensor in weights.items() if (m := re.fullmatch(pattern, name))}
-    ours = {}
-    for name, tensor in theirs.items():
-        if m := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
-            i, part, kind = m.groups()
-            if part in SIGLIP:
-                ours[f"blocks.{i}.{SIGLIP[part]}.{kind}"] = tensor
-            elif part == "self_attn.k_proj" and (value := name.replace("k_proj", "v_proj")) in theirs:
-                ours[f"blocks.{i}.attn.kv.{kind}"] = torch.cat((tensor, theirs[value]))
-        elif name.startswith("post_layernorm."):
-            ours[name.replace("post_layernorm", "norm")] = tensor
-    weight, bias = (theirs.get(f"embeddings.patch_embedding.{kind}") for kind in ("weight", "bias"))
-    if weight is not None and bias is not None and weight.ndim == 4:
-        scale, shift = 2 * torch.tensor(std), 2 * torch.tensor(mean) - 1          # its input is scale * ours + shift
-        ours["stem.weight"] = weight * scale[:, None, None]
-        ours["stem.bias"] = bias + (weight * shift[:, None, None]).sum((1, 2, 3))
-    if "embeddings.position_embedding.weight" in theirs:
-        ours["positions"] = theirs["embeddings.position_embedding.weight"]
-    return ours
-
-
-def start_from_siglip(vision, weights, cfg, data):
-    """Fill the VisionEncoder with what fits of a SigLIP checkpoint; returns what was taken, in words."""
-    ours, here = from_siglip(weights, data.mean, data.std), vision.state_dict()
-    stem = ours.get("stem.weight")
-    if stem is None:
-        raise UserError(f"{cfg.init_from} is neither a checkpoint of train.py nor a SigLIP vision model of HF's")
-    layers = 1 + max((int(name.split(".")[1]) for name in ours if name.startswith("blocks.")), default=-1)
-    resize_positions(ours, "positions", (cfg.image_size // cfg.patch_size) ** 2)
-    taken = {name: ours[name] for name in here if name in ours and ours[name].shape == here[name].shape}
-    heads, hidden = SIGLIP_HEADS.get(len(stem), cfg.vision_heads), len(ours.get("blocks.0.up.bias", ()))
-    rest = f"--vision_layers={layers} --vision_heads={heads} --vision_ffn_dim={hidden}"
-    if len(taken) == len(here) and heads == cfg.vision_heads:
-        vision.load_state_dict(taken)
-        return f"the vision encoder starts from {cfg.init_from}: {cfg.vision_layers} of its {layers} blocks"
-    if not {"stem.weight", "stem.bias"} <= set(taken):
-        raise UserError(f"nothing in {cfg.init_from} fits this vision encoder. Its patch embedding would with "
-                        f"--stem=patch --patch_size={stem.shape[-1]} --vision_dim={len(stem)}, all of it with {rest} "
-                        "besides")
-    vision.load_state_dict({name: taken[name] for name in ("stem.weight", "stem.bias")}, strict=False)
-    return f"the patch embedding alone starts from {cfg.init_from}; all of it would with {rest}"
+def resize_positions(positions, patches):
+    """Learned positions (P, D) of a square grid, interpolated bilinearly to `patches` positions."""
+    old = math.isqrt(len(positions))
+    new = math.isqrt(patches)
+    square = positions.T.unflatten(1, (old, old))[None]                           # (1, D, old, old)
+    return F.interpolate(square, size=(new, new), mode="bilinear")[0].flatten(1).T.contiguous()
 
 
 def start_from(cfg, model, tagger, data):
-    """Fill the model from cfg.init_from; returns what was taken, in words. Raises UserError when nothing fits."""
+    """Fill the model from the checkpoint cfg.init_from; returns what was taken, in words. UserError if nothing fits."""
     path = cfg.init_from
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no file {path} to start from") from None
-    except ImportError:
-        raise UserError(f"reading {path} needs the safetensors package: pip install safetensors") from None
-    except Exception:                                       # unpickling fails in many ways
-        raise UserError(f"cannot read {path} as weights: it is neither a .pt nor a .safetensors file, or it is "
-                        "damaged") from None
-    if not isinstance(weights, dict) or "format" not in weights:
-        if cfg.lora_rank:
-            raise UserError(f"{path} has no decoder, and with lora_rank={cfg.lora_rank} none would learn: set it to 0")
-        weights = weights if isinstance(weights, dict) else {}
-        return start_from_siglip(model.vision, {k: t for k, t in weights.items() if torch.is_tensor(t)}, cfg, data)
     other, its, tokenizer, state, _ = load_model(type(cfg)(**dict(vars(cfg), checkpoint=path, device="cpu")))
     if tokenizer.words != data.tokenizer.words:
-        raise UserError(f"{path} speaks another vocabulary, of {len(tokenizer)} words: it is of another commands.py")
-    sizes = [name for name, (section, _, _) in config.SETTINGS.items() if section == "model"]
-    differs = [f"--{name}={getattr(its, name)}" for name in sizes if getattr(its, name) != getattr(cfg, name)]
+        raise UserError(f"{path} was trained with another vocabulary ({len(tokenizer)} words): its commands.py differs")
     weights = other.state_dict()
-    resize_positions(weights, "vision.positions", (cfg.image_size // cfg.patch_size) ** 2)
+    patches = (cfg.image_size // cfg.patch_size) ** 2
+    if "vision.positions" in weights and len(weights["vision.positions"]) != patches:
+        weights["vision.positions"] = resize_positions(weights["vision.positions"], patches)
     try:
         load_weights(model, weights, path)
     except UserError as error:
-        raise UserError(f"{error}; it was trained with {' '.join(differs)}" if differs else str(error)) from None
+        differs = [f"--{name}={getattr(its, name)}" for name, (section, _, _) in config.SETTINGS.items()
+                   if section == "model" and getattr(its, name) != getattr(cfg, name)]
+        hint = f"; it was trained with {' '.join(differs)}" if differs else ""
+        raise UserError(f"{error}{hint}") from None
     if tagger is not None and state.get("tagger"):
         load_weights(tagger, state["tagger"], path)
     return f"starting from {path}, trained for {state['step']} updates on {its.source} scenes"
 
 
-def export(cfg):
-    """Write what answering needs of cfg.checkpoint or out_dir/best.pt to cfg.export."""
-    path = cfg.checkpoint or Path(cfg.out_dir) / "best.pt"
-    if Path(cfg.export).exists():
-        raise UserError(f"{cfg.export} exists: export to another file, or delete it")
-    model, _, _, state, _ = load_model(cfg)
-    save_checkpoint(cfg.export, {k: state[k] for k in WEIGHTS} | dict(
-        model=model.state_dict(), config=dict(state["config"], lora_rank=0)))
-    print(f"exported {path} of step {state['step']} to {cfg.export}")
+# ---- a run: everything that learning changes ----
 
+class Clock:
+    """Seconds by part of the work: start(), then stop(part) after each part.
+
+    A GPU works behind the program: with `exact` each stop waits for it, which costs time and tells what part took it.
+    """
+
+    def __init__(self, device, exact=False):
+        self.device = device
+        self.exact = exact
+        self.start()
+
+    def start(self):
+        """Forget what was counted and begin now."""
+        self.seconds = Counter()
+        self.last = time.perf_counter()
+
+    def stop(self, part):
+        """Count the time since the last start or stop for `part`."""
+        if self.exact and self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last
+        self.last = now
+
+
+class Run:
+    """The model with its tagger, optimizer and scaler, how many updates it has had, and its best validation.
+
+    make_model: VLM, or what makes a variant (ablate.py).
+    """
+
+    def __init__(self, cfg, data, device, make_model=VLM):
+        self.cfg = cfg
+        self.data = data
+        self.device = device
+        self.dtype, self.why = pick_dtype(cfg, device)
+        self.model = make_model(cfg, len(data.tokenizer))
+        self.tagger = WordTagger(cfg.text_dim, len(TAGS)).to(device) if cfg.tag_weight else None
+        if cfg.init_from and not cfg.resume:
+            print(start_from(cfg, self.model, self.tagger, data))
+        if cfg.lora_rank:
+            self.model.add_lora(cfg.lora_rank)
+        self.model.to(device)
+        self.optimizer = make_optimizer(self.model, self.tagger, cfg, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.step = 0
+        self.best = -1.0                                    # validation accuracy of best.pt
+        self.since_best = 0                                 # validations since then
+        self.top = []                                       # [[accuracy, step]] of the checkpoints that save_top keeps
+        self.unlogged = [0.0, 0, 0]                         # sum of losses, updates and commands not logged yet
+
+    def update(self, micros, total, reads, clock):
+        """One update by micro-batches whose learned tokens weigh `total` in all processes.
+
+        Returns (loss, gradient norm, done). It is not done, and nothing changes, where loss or norm are not finite.
+        reads: see batch_loss.
+        """
+        self.model.train()
+        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
+        loss = 0.0
+        pairs = sum(int(micro.segment.amax(1).sum()) for micro in micros)         # of a picture and a command
+        for micro in micros:
+            micro = Batch(*(tensor.to(self.device, non_blocking=True) for tensor in vars(micro).values()))
+            with autocast(self.dtype, self.device):
+                share = batch_loss(self.model, self.tagger, micro, self.cfg, total, reads)
+            clock.stop("forward")
+            self.scaler.scale(share).backward()
+            loss += share.item()
+            clock.stop("backward")
+        loss = summed(torch.tensor(loss)).item()
+        sum_gradients(learning)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(learning, self.cfg.grad_clip or math.inf).item()
+        # float16 meets infinite gradients by design: its scaler skips the update and lowers the scale.
+        done = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        if done:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            self.unlogged = [self.unlogged[0] + loss, self.unlogged[1] + 1, self.unlogged[2] + pairs]
+        clock.stop("optimizer")
+        return loss, norm, done
+
+    def save(self, path):
+        """Write a checkpoint; in several processes the first writes, and the others wait until it is written."""
+        if processes()[0] == 0:
+            save_checkpoint(path, dict(
+                format=FORMAT, config=vars(self.cfg), words=self.data.tokenizer.words, mean=self.data.mean,
+                std=self.data.std, data_hash=config.data_hash(self.cfg), model=self.model.state_dict(),
+                tagger=self.tagger and self.tagger.state_dict(), optimizer=self.optimizer.state_dict(),
+                scaler=self.scaler.state_dict(), step=self.step, best=self.best, since_best=self.since_best,
+                top=self.top, unlogged=self.unlogged))
+        summed(torch.zeros(1))
+
+    def resume(self, path):
+        """Continue from a checkpoint. Raises UserError if a setting that shapes what is trained differs."""
+        state = load_checkpoint(path, self.device)
+        if "optimizer" not in state:
+            raise UserError(f"{path} holds weights alone, as --export writes them: there is no training to resume")
+        changed = {name: f"{name} was {value!r}, now {getattr(self.cfg, name)!r}"
+                   for name, value in state["config"].items()
+                   if getattr(self.cfg, name, value) != value and name != "resume"}
+        refused = [text for name, text in changed.items() if name not in RESUMABLE]
+        if refused or state["words"] != self.data.tokenizer.words:
+            raise UserError("resuming with other settings would train something else: "
+                            + (", ".join(refused) or "the vocabulary is another"))
+        load_weights(self.model, state["model"], path)
+        if self.tagger is not None:
+            load_weights(self.tagger, state["tagger"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:                                 # empty but for float16
+            self.scaler.load_state_dict(state["scaler"])
+        for name in ("step", "best", "since_best", "top", "unlogged"):
+            setattr(self, name, state[name])
+        print("; ".join([f"resumed {path} at step {self.step}", *changed.values()]))
+
+    def keep(self, accuracy, out):
+        """Save best.pt if this validation is the best so far and, with save_top, the best few as best-STEP.pt."""
+        score = -1.0 if math.isnan(accuracy) else accuracy
+        self.since_best += 1
+        if score > self.best or self.best < 0:
+            self.best = max(score, 0.0)
+            self.since_best = 0
+            self.save(out / "best.pt")
+        if self.cfg.save_top > 1:
+            self.top = sorted(self.top + [[score, self.step]], reverse=True)
+            self.save(out / f"best-{self.step}.pt")
+            for _, step in self.top[self.cfg.save_top:]:
+                (out / f"best-{step}.pt").unlink(missing_ok=True)
+            self.top = self.top[:self.cfg.save_top]
+
+
+# ---- log.csv, and TensorBoard ----
 
 def cut_log(path, step):
     """Drop what a killed run logged after `step`: the resumed run will log it again."""
@@ -692,465 +716,304 @@ def cut_log(path, step):
         file.truncate(sum(map(len, kept)))
 
 
-# ---- one update ----
-
-def learner(cfg, data, device, dtype, make_model=VLM):
-    """What update() takes first: the model as cfg says that it starts, its tagger, optimizer and scaler."""
-    model = make_model(cfg, len(data.tokenizer))
-    tagger = WordTagger(cfg.text_dim).to(device) if cfg.tag_weight else None
-    if cfg.init_from and not cfg.resume:
-        print(start_from(cfg, model, tagger, data))
-    if cfg.lora_rank:
-        model.add_lora(cfg.lora_rank)
-    model.to(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return model, tagger, make_optimizer(model, tagger, cfg, device), scaler
-
-
-PARTS = ("data", "forward", "backward", "optimizer")        # of an update; data is the wait for them
-
-
-class Clock:
-    """Seconds by part of the work: a call names what was done since the last call.
-
-    A GPU works behind the program: with `exact` each call waits for it, which costs time and tells what part took it.
-    """
-
-    def __init__(self, device, exact=False):
-        self.wait = getattr(torch, device.type).synchronize if exact and device.type != "cpu" else lambda: None
-        self.seconds, self.last = Counter(), time.perf_counter()
-
-    def __call__(self, part):
-        self.wait()
-        now = time.perf_counter()
-        self.seconds[part] += now - self.last
-        self.last = now
-
-
-def update(model, tagger, optimizer, scaler, micros, total, read, dtype, cfg, clock):
-    """One update by `micros`, whose learned tokens weigh `total` in all processes: (loss, gradient norm, whether done).
-
-    It is not done where loss or norm are not finite. read, dtype: as for batch_loss and autocast.
-    """
-    model.train()
-    device, loss = model.decoder.embedding.weight.device, 0.0
-    learned = [p for group in optimizer.param_groups for p in group["params"]]
-    for micro in micros:
-        micro = Batch(**{k: t.to(device, non_blocking=True) for k, t in vars(micro).items()})
-        with autocast(dtype, device):
-            share = batch_loss(model, tagger, micro, cfg, total, read)
-        clock("forward")
-        scaler.scale(share).backward()
-        loss += share.item()
-        clock("backward")
-    loss = summed(torch.tensor(loss)).item()
-    sum_gradients(learned)
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(learned, cfg.grad_clip or math.inf).item()
-    # float16 meets infinite gradients by design: its scaler skips the update and lowers the scale
-    finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
-    if finite:
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-    clock("optimizer")
-    return loss, norm, finite
-
-
-def write_json(path, found):
-    """Write a dict as JSON. Raises UserError when it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
-
-
-# ---- how fast ----
-
 def peak_memory(device):
-    """The most memory that this process has held, MB: of the GPU if it uses one. None where the system does not say."""
+    """The most memory that this process has held, MB: of the GPU if it uses one. NaN where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     try:
         import resource
     except ImportError:                                     # Windows
-        return None
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-def time_updates(cfg, data, device, dtype, turns=4, updates=8):
-    """What updates cost: {"see", "read", and "schedule", the mean of these weighted by how many there are: a dict}.
+class Log:
+    """log.csv in out_dir and, with cfg.tensorboard, the same numbers and the model's graph for TensorBoard.
 
-    ms and its shares; pictures and pairs a second (the first stage reads none); FLOPs by the configuration, which are
-    what real tokens need (forward, and twice that backward; no padding, no tagger), and those done; the share of the
-    peak that either is. The peak is the best of square matmuls that take turns with the updates. The first updates of a
-    turn find data that were made ready while other things ran, so they do not count.
+    Only the first process writes.
     """
-    parts, clock = learner(cfg, data, device, dtype), Clock(device, exact=True)
-    rates, rows, done = [], {}, {}
-    images, K, block = cfg.batch_size * cfg.grad_accum, cfg.commands_per_image, cfg.prefetch + updates
-    stages = {stage: n for stage, n in (("see", see_updates(cfg)), ("read", cfg.max_steps - see_updates(cfg))) if n}
-    batches = {stage: prefetched(lambda i: data.micro_batches(i, 0, cfg.batch_size), 0, turns * block, cfg.prefetch)
-               for stage in stages}
-    for turn in range(turns):                               # the first warms up and counts
-        for stage in stages:
-            with contextlib.nullcontext() if turn else FlopCounterMode(display=False) as counter:
-                for i in range(block):
-                    clock("between")
-                    clock.seconds.clear()
-                    micros = next(batches[stage])
-                    clock("data")
-                    update(*parts, micros, total_weight(micros, cfg), stage == "read", dtype, cfg, clock)
-                    if turn and i >= cfg.prefetch:
-                        rows.setdefault(stage, []).append([clock.seconds[part] for part in PARTS])
-            if turn == 0:
-                done[stage], memory = 1e-9 * counter.get_total_flops() / block, peak_memory(device)
-            for n in (512, 1024) if device.type == "cpu" else (4096, 8192):
-                square = torch.randn(n, n, device=device, dtype=dtype)
-                clock("between")
-                square @ square
-                clock("matmul")
-                rates.append(2e-9 * n ** 3 / clock.seconds["matmul"])
-                clock.seconds.clear()
-    length = round(np.mean([(m.tokens != PAD).sum(-1).float().mean() for m in micros]))
-    for stage in stages:
-        asked = K * (stage == "read")
-        rows[stage] = np.append(np.mean(rows[stage], 0), [
-            3e-9 * images * forward_flops(parts[0], asked, length), done[stage], images, images * asked])
-    rows["schedule"] = sum(n * rows[stage] for stage, n in stages.items()) / cfg.max_steps
-    peak = max(rates)
-    found = dict(matmul_gflops=peak, memory_mb=memory, text_length=length)
-    for name, row in rows.items():
-        spent, (model, ran, seen, pairs) = row[:4].sum(), row[4:]
-        found[name] = dict(
-            ms=1000 * spent, **{f"share_{part}": share for part, share in zip(PARTS, row / spent)},
-            images_per_s=seen / spent, pairs_per_s=pairs / spent, gflop=model, gflop_done=ran,
-            gflop_per_pair=model / pairs if pairs else 0.0, share_of_peak=model / spent / peak,
-            share_of_peak_done=ran / spent / peak)
-    return found
+    COLUMNS = ("step", "pictures", "loss", "lr", "grad_norm", "ms", "pictures_per_s", "pairs_per_s", "wait_share",
+               "memory_mb", "val_accuracy", "val_loss", "attention_entropy", "seconds")
+
+    def __init__(self, run):
+        cfg = run.cfg
+        step = run.step
+        first = processes()[0] == 0
+        path = Path(cfg.out_dir) / "log.csv" if first else Path(os.devnull)
+        self.pictures = cfg.batch_size * cfg.grad_accum     # of an update
+        self.start = time.time()
+        self.since = step                                   # the last step that `log_updates` wrote, or the first
+        if step and path.is_file():
+            cut_log(path, step)
+        self.file = open(path, "a" if step else "w", newline="", encoding="utf-8")
+        self.rows = csv.DictWriter(self.file, self.COLUMNS)
+        if self.file.tell() == 0:
+            self.rows.writeheader()
+        self.board = None
+        if cfg.tensorboard and first:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard=True needs the tensorboard package: pip install tensorboard") from None
+            self.board = SummaryWriter(cfg.out_dir)
+            batch = run.data.batch(0, 1)
+            inputs = [tensor.to(run.device) for tensor in (batch.images, batch.tokens, batch.segment)]
+            with warnings.catch_warnings():
+                # The graph shows what is computed for these inputs; an `if` may go the other way for others.
+                warnings.simplefilter("ignore")
+                self.board.add_graph(run.model, inputs)
+
+    def row(self, step, **numbers):
+        """One line of log.csv: what was measured at `step`; the other columns stay empty."""
+        texts = {name: f"{value:.8g}" for name, value in numbers.items()}
+        self.rows.writerow(dict(step=step, pictures=step * self.pictures, **texts,
+                                seconds=f"{time.time() - self.start:.1f}"))
+        self.file.flush()
+        if self.board:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+
+    def looks(self, step, confusion, batch, cross, data):
+        """Tell TensorBoard what was confused, and where the first questions of a batch looked.
+
+        confusion: {truth: (how often YES was answered, how often NO)}; cross (layers, B, H, L, P).
+        """
+        if self.board:
+            lines = [f"| {truth} | {yes} | {no} |" for truth, (yes, no) in confusion.items()]
+            self.board.add_text("confusion", "\n".join(["| truth | YES | NO |", "|---|---|---|", *lines]), step)
+            picture, asked = attention_pictures(batch, cross, data)
+            self.board.add_image("where it looked", picture, step)
+            self.board.add_text("where it looked", "; ".join(asked), step)
+
+    def close(self):
+        self.file.close()
+        if self.board:
+            self.board.close()
 
 
-def growth(cfg):
-    """What to vary to see how cost grows: {name: {size: settings that change}}; a name is "axis, series"."""
-    def times(n, *names):
-        return {name: n * getattr(cfg, name) for name in names}
-    wide = ("stem_width", "vision_dim", "vision_ffn_dim", "text_dim", "text_head_dim", "text_ffn_dim")
-    return {
-        **{f"image size, patches of {patch}": {size: dict(image_size=size, patch_size=patch)
-                                               for size in range(64, 225, 32)} for patch in (16, 8)},
-        "commands an image": {k: dict(commands_per_image=k, descriptions_per_image=k // 4) for k in (1, 2, 4, 8, 16)},
-        "times as large, width": {n: times(n, *wide) for n in (1, 2, 3, 4)},
-        "times as large, depth": {n: times(n, "vision_layers", "text_layers") for n in (1, 2, 3, 4)}}
+def attention_pictures(batch, cross, data):
+    """Pictures side by side (3, S, B*S), each lit where its first question looked for the answer; and these questions.
 
-
-def time_growth(cfg, meta, device, dtype):
-    """{name: sizes, the least ms of a second-stage update with a quarter of the batch, e of the fit ms ~ size^e}."""
-    found, clock, few = {}, Clock(device, exact=True), max(1, cfg.batch_size // 4)
-    for name, points in growth(cfg).items():
-        least = []
-        for changes in points.values():
-            sized = type(cfg)(**dict(vars(cfg), init_from="", **changes))
-            data = Data(sized, meta, "train")
-            batch, parts, spent = data.batch(0, few), learner(sized, data, device, dtype), []
-            batch.images = torch.randn(few, 3, sized.image_size, sized.image_size)
-            for _ in range(4):
-                clock("between")
-                clock.seconds.clear()
-                update(*parts, [batch], total_weight([batch], cfg), True, dtype, sized, clock)
-                spent.append(1000 * sum(clock.seconds.values()))
-            least.append(min(spent))
-        exponent = np.polyfit(np.log(list(points)), np.log(least), 1)[0]
-        found[name] = dict(size=list(points), ms=least, exponent=exponent)
-    return found
-
-
-def bench(cfg, meta, device, dtype):
-    """Measure what training costs, without validation or checkpoints; printed and written to out_dir/bench.json."""
-    found = time_updates(cfg, Data(cfg, meta, "train"), device, dtype)
-    stages = [stage for stage in ("see", "read", "schedule") if stage in found]
-    print("\n".join(f"{key:<20}{value}" for key, value in found.items() if key not in stages))
-    print(f"{'of an update':<20}" + "".join(f"{stage:>10}" for stage in stages))
-    for key in found["schedule"]:
-        print(f"{key:<20}" + "".join(f"{found[stage][key]:>10.4g}" for stage in stages), flush=True)
-    found["cost"] = time_growth(cfg, meta, device, dtype)
-    for name, entry in found["cost"].items():
-        print(f"{name}: time ~ size^{entry['exponent']:.2f}; "
-              + ", ".join(f"{size}: {ms:.0f} ms" for size, ms in zip(entry["size"], entry["ms"])))
-    found.update(device=str(device), dtype=str(dtype)[6:], threads=torch.get_num_threads(), torch=torch.__version__)
-    write_json(Path(cfg.out_dir) / "bench.json", found)
-    return found
-
-
-# ---- which learning rates ----
-
-def lr_range(cfg, data, device, dtype, updates=150, low=1e-3, high=10.0):
-    """The loss while all learning rates grow from `low` to `high` times their peaks (Smith 2017, arXiv:1506.01186).
-
-    {"see", "read": {"scale": of each update, "loss": a running mean}}, each from new weights, into lr_range.json. A
-    stage ends early when its loss has doubled from its least. The encoder of "read" has learned nothing before, so its
-    rates may be somewhat higher than this says.
+    cross (layers, B, H, L, P), of which the mean is taken; a picture's most attended patch is as bright as it was.
     """
-    found = {}
-    for stage in ("see", "read") if see_updates(cfg) else ("read",):
-        torch.manual_seed(cfg.seed)
-        *learned, optimizer, scaler = learner(cfg, data, device, dtype)
-        scales, losses, mean = [], [], 0.0
-        for i in range(updates):
-            scale = low * (high / low) ** (i / (updates - 1))
-            for group in optimizer.param_groups:
-                group["lr"] = scale * group["peak"]
-            micros = data.micro_batches(i, 0, cfg.batch_size)
-            loss, _, finite = update(*learned, optimizer, scaler, micros, total_weight(micros, cfg), stage == "read",
-                                     dtype, cfg, Clock(device))
-            mean = 0.9 * mean + 0.1 * loss
-            smooth = mean / (1 - 0.9 ** (i + 1))            # the mean starts at 0
-            if not finite or losses and smooth > 2 * min(losses):
-                break
-            scales.append(scale)
-            losses.append(smooth)
-        if not losses:
-            raise UserError(f"the loss is {loss} before anything is learned: try --dtype=float32")
-        found[stage] = dict(scale=scales, loss=losses)
-        end = f"seen up to {high:g} times" if finite else f"not finite at {scale:.3g} times"
-        end = f"doubled at {scale:.3g} times" if finite and len(losses) < updates else end
-        print(f"{stage}: the loss falls to {min(losses):.3f} at {scales[int(np.argmin(losses))]:.3g} times the rates, "
-              + end, flush=True)
-    write_json(Path(cfg.out_dir) / "lr_range.json", found)
-    return found
+    B = len(batch.tokens)
+    rows = torch.arange(B)
+    at = ((batch.targets == YES) | (batch.targets == NO)).int().argmax(-1)        # the `?` of that question, (B,)
+    maps = cross.mean((0, 2))[rows, at]                                           # (B, P)
+    side = math.isqrt(maps.shape[-1])
+    light = F.interpolate((maps / maps.amax(-1, keepdim=True)).view(B, 1, side, side), size=batch.images.shape[-2:])
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
+    pictures = (batch.images * std + mean).clamp(0, 1) * (0.2 + 0.8 * light)
+    asked = []
+    for row, i in enumerate(at.tolist()):
+        own = batch.segment[row, :i + 2] == batch.segment[row, i]
+        asked.append(data.tokenizer.decode(batch.tokens[row, :i + 2][own].tolist()))
+    return torch.cat(list(pictures), -1), asked
 
 
 # ---- the loop ----
 
-def show_example(batch, tokenizer):
-    """One text token by token, with what each token learns to say next."""
+@contextlib.contextmanager
+def ctrl_c():
+    """An Event that Ctrl-C sets, instead of raising wherever the program happens to be."""
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def seed_of_update(cfg, step, rank):
+    """Seed the random numbers of an update (dropout) by its place, so that a checkpoint needs to hold no state."""
+    torch.manual_seed(int(np.random.default_rng([cfg.seed, 2, step, rank]).integers(2 ** 63)))
+
+
+def stop_at_bad_batch(run, loss, norm, out):
+    """Keep the batch of an update that was not done, and end with the reason."""
+    cfg = run.cfg
+    path = out / "bad_batch.pt"
+    if processes()[0] == 0:
+        save_checkpoint(path, dict(
+            step=run.step, loss=loss, norm=norm, position=run.step * cfg.grad_accum * cfg.batch_size,
+            micro_batches=[vars(micro) for micro in run.data.micro_batches(run.step, 0, cfg.batch_size)]))
+    raise UserError(f"the loss is {loss}, the gradient norm {norm} at step {run.step}: nothing was updated. Lower the "
+                    f"learning rates, or try --dtype=float32; {path} holds the batch")
+
+
+def introduce(run):
+    """Print what will be trained, how, and on what; and one text token by token, with what each learns to say next."""
+    cfg = run.cfg
+    ranks = processes()[1]
+    size = sum(p.numel() for p in run.model.parameters())
+    learns = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    passes = (all_updates(cfg) * cfg.batch_size * cfg.grad_accum) / len(run.data.pictures)
+    print(f"device {run.device}, dtype {str(run.dtype)[6:]} ({run.why}), {torch.get_num_threads()} threads, "
+          + (f"{ranks} processes, " if ranks > 1 else "") + f"torch {torch.__version__}")
+    print(f"{learns / 1e6:.2f}M of {size / 1e6:.2f}M parameters learn, from {len(run.data.pictures)} pictures and "
+          f"{len(run.data.index)} commands: {see_updates(cfg)} updates to see, "
+          f"{all_updates(cfg) - see_updates(cfg)} to read, {passes:.1f} passes over the pictures")
+    batch = run.data.batch(0, 1)
+    words = run.data.tokenizer.words
+    first = batch.segment[0] == 1
     print("one example, token -> target:")
-    pairs = [(t, y) for t, y in zip(batch.tokens[0, 0].tolist(), batch.targets[0, 0].tolist()) if t != PAD]
-    print("  " + "  ".join(tokenizer.words[t] + (f" -> {tokenizer.words[y]}" if y >= 0 else "") for t, y in pairs))
+    print("  " + "  ".join(words[token] + (f" -> {words[target]}" if target >= 0 else "")
+                           for token, target in zip(batch.tokens[0, first], batch.targets[0, first])))
 
 
-def lit(batch, cross, data):
-    """Pictures side by side (3, S, B*S), each lit where its first question looked for the answer; and these questions.
+def log_updates(run, log, clock, scale, reads, norm):
+    """Print and log the updates since the last log line."""
+    cfg = run.cfg
+    total, count, pairs = run.unlogged
+    spent = sum(clock.seconds.values())
+    # A run that was resumed has losses from before it was stopped, but no times.
+    ms = 1000 * spent / (run.step - log.since)
+    pictures = 1000 * cfg.batch_size * cfg.grad_accum / ms
+    numbers = dict(loss=total / count, lr=scale * (cfg.lr if reads else cfg.lr_vision), grad_norm=norm, ms=ms,
+                   pictures_per_s=pictures, wait_share=clock.seconds["data"] / spent, memory_mb=peak_memory(run.device))
+    speed = f"{pictures:.0f} pictures/s"
+    to_see = max(see_updates(cfg) - run.step, 0)
+    to_read = all_updates(cfg) - run.step - to_see
+    if reads:
+        numbers["pairs_per_s"] = 1000 * pairs / count / ms
+        speed = f"{numbers['pairs_per_s']:.0f} pairs/s"
+    # An update that reads takes about three times as long as one that only sees.
+    left = ms * (to_read if reads else to_see + 3 * to_read)
+    print(f"{'read' if reads else 'see'} {run.step}/{all_updates(cfg)}  loss {numbers['loss']:.4f}  "
+          f"lr {numbers['lr']:.1e}  norm {norm:.2f}  {ms:.0f} ms  {speed}  wait {100 * numbers['wait_share']:.0f}%  "
+          f"about {left / 1000:.0f} s left", flush=True)
+    log.row(run.step, **numbers)
+    run.unlogged = [0.0, 0, 0]
+    log.since = run.step
+    clock.start()
 
-    cross (layers, B*K, H, T, P), of which the mean is taken; a picture's most attended patch is as bright as it was.
-    """
-    (B, K, T), side = batch.tokens.shape, math.isqrt(cross.shape[-1])
-    at = ((batch.targets == YES) | (batch.targets == NO)).flatten(1).int().argmax(-1)        # (B,)
-    k, at = at // T, at % T
-    maps = cross.mean((0, 2)).unflatten(0, (B, K))[torch.arange(B), k, at]        # (B, P)
-    light = F.interpolate((maps / maps.amax(-1, keepdim=True)).view(B, 1, side, side), size=batch.images.shape[-2:])
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
-    pictures = (batch.images * std + mean).clamp(0, 1) * (0.2 + 0.8 * light)
-    asked = [data.tokenizer.decode(tokens[:n + 2].tolist()) for tokens, n in zip(batch.tokens[torch.arange(B), k], at)]
-    return torch.cat(list(pictures), -1), asked
+
+def validate(run, val, log):
+    """Balanced accuracy on validation questions; printed and logged, with answer loss and entropy of attention."""
+    cfg = run.cfg
+    rows, odds = predict(run.model, val, cfg, run.dtype, limit=cfg.eval_items)
+    truth = val.index[rows, 3] == 1
+    accuracy = balanced_accuracy(truth, odds)
+    loss = float(np.logaddexp(0, np.where(truth, -odds, odds)).mean())
+    confusion = {name: (int((odds[own] > 0).sum()), int((odds[own] <= 0).sum()))
+                 for name, own in (("YES", truth), ("NO", ~truth))}
+    batch = run.data.batch(0, min(8, cfg.batch_size))
+    with torch.no_grad():
+        _, attn = run.model(batch.images.to(run.device), batch.tokens.to(run.device), batch.segment.to(run.device),
+                            return_attn=True)
+    cross = attn["cross"].cpu()
+    entropy = attention_entropy(cross, batch.segment > 0).item()
+    print(f"--- step {run.step}: val balanced accuracy {100 * accuracy:.2f}%, answer loss {loss:.4f} "
+          f"(guessing: 0.693), cross-attention entropy {entropy:.2f} of {math.log(cross.shape[-1]):.2f}, "
+          f"{time.time() - log.start:.0f} s", flush=True)
+    log.row(run.step, val_accuracy=accuracy, val_loss=loss, attention_entropy=entropy)
+    log.looks(run.step, confusion, batch, cross, run.data)
+    return accuracy
 
 
-def train(cfg, make_model=VLM, make_data=Data, seen=None):
-    """Train as cfg says; returns the dict of final numbers that it prints. With cfg.export it only exports.
+def test(run, meta, start):
+    """Scores of best.pt on the test split, printed as `key: value` lines and written to train.json."""
+    cfg = run.cfg
+    best = Path(cfg.out_dir) / "best.pt"
+    load_weights(run.model, load_checkpoint(best, run.device)["model"], best)
+    data = Data(cfg, meta, "test")
+    items = prepare.read_items(cfg.data_dir, "test")
+    rows, odds = predict(run.model, data, cfg, run.dtype)
+    truth = data.index[rows, 3] == 1
+    family = np.array([items[row]["family"] for row in rows])
+    result = dict(test_accuracy=balanced_accuracy(truth, odds))
+    for name in sorted(set(family)):
+        result[f"test_{name}"] = balanced_accuracy(truth[family == name], odds[family == name])
+    result.update(val_accuracy=run.best, parameters=sum(p.numel() for p in run.model.parameters()), steps=run.step,
+                  seed=cfg.seed, seconds=round(time.time() - start, 1))
+    print("---", *(f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()), sep="\n")
+    if processes()[0] == 0:
+        (best.parent / "train.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if processes()[1] > 1:
+        dist.destroy_process_group()
+    return result
 
-    For those that try other models (ablate.py): make_model and make_data make the model and its training commands;
-    seen is a file to keep the state at the end of the first stage in.
+
+def ready_data(cfg):
+    """meta of the data; where there are none, the first process prepares them while the others wait."""
+    if processes()[0] == 0:
+        prepare.ready(cfg)
+    summed(torch.zeros(1))
+    return prepare.load_meta(cfg)
+
+
+def train(cfg, make_model=VLM, make_data=Data):
+    """Train as the settings say; returns the dict of final numbers that it prints.
+
+    make_model, make_data: what makes the model and its training commands, for the variants of ablate.py.
     """
     if cfg.export:
         return export(cfg)
-    start, device = time.time(), join_processes(pick_device(cfg))
+    start = time.time()
+    device = join_processes(pick_device(cfg))
     rank, ranks = processes()
-    if ranks > 1 and (cfg.bench or cfg.lr_range):
-        raise UserError("--bench and --lr_range measure one process: start them with python, not with torchrun")
     if cfg.batch_size < ranks:
         raise UserError(f"batch_size={cfg.batch_size} pictures cannot be shared by {ranks} processes")
-    if rank == 0 and not (Path(cfg.data_dir) / "meta.json").exists():
-        print(f"no data in {cfg.data_dir}: preparing them")
-        prepare.print_report(prepare.prepare(cfg), cfg)
-    summed(torch.zeros(1))                                  # the others wait for the data
-    meta = prepare.load_meta(cfg)
-    dtype, reason = pick_dtype(cfg, device)
-    print(f"device {device}, dtype {str(dtype)[6:]} ({reason}), {torch.get_num_threads()} threads, "
-          + (f"{ranks} processes, " if ranks > 1 else "") + f"torch {torch.__version__}")
+    meta = ready_data(cfg)
     torch.manual_seed(cfg.seed)
-    out = Path(cfg.out_dir)
-    data, val = make_data(cfg, meta, "train"), Data(cfg, meta, "val")
+    data = make_data(cfg, meta, "train")
+    val = Data(cfg, meta, "val")
     if not len(data.pictures):
         raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
-    if cfg.bench:
-        return bench(cfg, meta, device, dtype)
-    if cfg.lr_range:
-        return lr_range(cfg, data, device, dtype)
-    model, tagger, optimizer, scaler = learner(cfg, data, device, dtype, make_model)
-    step, best, since_best, top, loss_sum, since = 0, -1.0, 0, [], 0.0, 0     # the last two not logged yet
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(cfg, data, device, make_model)
     if cfg.resume:
-        path = cfg.checkpoint or out / "last.pt"
-        state = load_checkpoint(path, device)
-        if not PROGRESS <= set(state):
-            raise UserError(f"{path} holds weights alone, as --export writes them: there is no training to resume")
-        changed = {k: f"{k} was {v!r}, now {getattr(cfg, k)!r}" for k, v in state["config"].items()
-                   if getattr(cfg, k, v) != v and k != "resume"}
-        refused = [text for k, text in changed.items() if k not in RESUMABLE]
-        if refused or state["words"] != data.tokenizer.words:
-            raise UserError("resuming with other settings would train something else: "
-                            + (", ".join(refused) or "the vocabulary is another"))
-        load_weights(model, state["model"], path)
-        if tagger is not None:
-            load_weights(tagger, state["tagger"], path)
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:                                 # empty but for float16
-            scaler.load_state_dict(state["scaler"])
-        step, best, since_best, top = (state[k] for k in ("step", "best", "since_best", "top"))
-        loss_sum, since = state["unlogged"]
-        print("; ".join([f"resumed {path} at step {step}", *changed.values()]))
-    parameters = sum(p.numel() for p in model.parameters())
-    if cfg.lora_rank:
-        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"LoRA of rank {cfg.lora_rank}: {learns:,} weights learn, the rest stays as it was")
-    pairs = cfg.batch_size * cfg.grad_accum * cfg.commands_per_image
-    print(f"{parameters / 1e6:.2f}M parameters; {len(data.pictures)} training pictures, {len(data.index)} commands; "
-          f"{cfg.max_steps} updates of {pairs} pairs, the first {see_updates(cfg)} of pictures alone, "
-          f"{cfg.max_steps * pairs / cfg.commands_per_image / len(data.pictures):.1f} passes")
-    write = save_checkpoint if rank == 0 else lambda path, content: None
-
-    def checkpoint(path):
-        write(path, dict(
-            format=FORMAT, model=model.state_dict(), tagger=tagger and tagger.state_dict(),
-            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, best=best,
-            since_best=since_best, top=top, unlogged=[loss_sum, since], config=vars(cfg), mean=meta["mean"],
-            std=meta["std"], data_hash=meta["hash"], words=data.tokenizer.words))
-        summed(torch.zeros(1))                              # the others wait until it is written
-
-    log_path = out / "log.csv" if rank == 0 else Path(os.devnull)
+        run.resume(cfg.checkpoint or out / "last.pt")
+    introduce(run)
+    log = Log(run)
+    last, first_read = all_updates(cfg), see_updates(cfg)
+    # Of each micro-batch, the pictures that this process takes.
+    share = cfg.batch_size * rank // ranks, cfg.batch_size * (rank + 1) // ranks
+    batches = prefetched(lambda i: data.micro_batches(i, *share), run.step, last, cfg.prefetch)
+    clock = Clock(device)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for leftover in out.glob("*.pt.tmp") if rank == 0 else ():                # of a run that was killed
-            leftover.unlink()
-        if cfg.resume and log_path.is_file():
-            cut_log(log_path, step)
-        log_file = open(log_path, "a" if cfg.resume else "w", newline="", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write to out_dir {out}: {error}") from None
-    log = csv.writer(log_file)
-    if log_file.tell() == 0:
-        log.writerow(["step", "loss", "lr", "grad_norm", "ms", "pairs_per_s", "wait_share", "val_accuracy", "val_loss",
-                      "cross_entropy", "seconds"])
-    if not cfg.resume:
-        show_example(data.batch(0, 1), data.tokenizer)
-    board = None
-    if cfg.tensorboard and rank == 0:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard=True needs the tensorboard package: pip install tensorboard") from None
-        board = SummaryWriter(str(out))
+        with ctrl_c() as stopped:                           # an update is never cut in two
+            while run.step < last:
+                # learning rates, and which parts learn
+                reads = run.step >= first_read
+                scale = lr_scale(run.step, cfg)
+                for group in run.optimizer.param_groups:
+                    group["lr"] = scale * group["peak"]
+                run.model.freeze("vision", cfg.freeze_pictures < 0 or run.step < updates(cfg, cfg.freeze_pictures))
 
-    own = cfg.batch_size * rank // ranks, cfg.batch_size * (rank + 1) // ranks
-    batches = prefetched(lambda i: data.micro_batches(i, *own), step, cfg.max_steps, cfg.prefetch)
-    stop = threading.Event()
-    interrupt = signal.signal(signal.SIGINT, lambda *_: stop.set())               # Ctrl-C never cuts an update in two
-    clock, marked = Clock(device), step                                           # since the last log line
-    try:
-        while step < cfg.max_steps:
-            model.freeze("vision", cfg.freeze_vision_steps < 0 or step < cfg.freeze_vision_steps)
-            scale = lr_scale(step, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * scale
-            read = step >= see_updates(cfg)
+                # one update
+                micros = next(batches)
+                clock.stop("data")
+                total, stop = summed(torch.tensor([total_weight(micros, cfg), stopped.is_set()])).tolist()
+                if stop:
+                    run.save(out / "last.pt")
+                    print(f"\nstopped at step {run.step}, saved {out / 'last.pt'}; to resume add --resume=True to the "
+                          "command")
+                    raise KeyboardInterrupt
+                seed_of_update(cfg, run.step, rank)
+                loss, norm, done = run.update(micros, total, reads, clock)
+                if not done:
+                    stop_at_bad_batch(run, loss, norm, out)
 
-            micros = next(batches)
-            clock("data")
-            total, stopping = summed(torch.tensor([total_weight(micros, cfg), stop.is_set()])).tolist()
-            if stopping:
-                checkpoint(out / "last.pt")
-                print(f"\nstopped at step {step}, saved {out / 'last.pt'}; to go on add --resume=True to the command")
-                raise KeyboardInterrupt
-            # The random numbers of an update (dropout) follow from its place, so that a checkpoint need hold no state.
-            torch.manual_seed(int(np.random.default_rng([cfg.seed, 2, step, rank]).integers(2 ** 63)))
-            loss, norm, finite = update(model, tagger, optimizer, scaler, micros, total, read, dtype, cfg, clock)
-            if not finite:
-                write(out / "bad_batch.pt", dict(
-                    step=step, loss=loss, norm=norm, position=step * cfg.grad_accum * cfg.batch_size,
-                    micro_batches=[vars(micro) for micro in data.micro_batches(step, 0, cfg.batch_size)]))
-                raise UserError(f"the loss is {loss}, the gradient norm {norm} at step {step}: nothing was updated. "
-                                f"Lower the learning rates, or try --dtype=float32; {out / 'bad_batch.pt'} holds the "
-                                "batch")
-            step, loss_sum, since = step + 1, loss_sum + loss, since + 1
+                # log
+                ended = run.step in (first_read, last)      # a stage has ended
+                if run.step % updates(cfg, cfg.log_every) == 0 or ended:
+                    log_updates(run, log, clock, scale, reads, norm)
 
-            if step % cfg.log_every == 0 or step == cfg.max_steps:
-                spent = sum(clock.seconds.values()) - clock.seconds["validation"]
-                ms = 1000 * spent / (step - marked)
-                row = [step, loss_sum / since, scale * (cfg.lr if read else cfg.lr_vision), norm, ms, 1000 * pairs / ms,
-                       clock.seconds["data"] / spent]
-                stage, end, speed = ("read", cfg.max_steps, f"{row[5]:.0f} pairs/s") if read else \
-                    ("see", see_updates(cfg), f"{row[5] / cfg.commands_per_image:.0f} images/s")
-                print(f"{stage} {step}/{end}  loss {row[1]:.4f}  lr {row[2]:.1e}  norm {norm:.2f}  {ms:.0f} ms  "
-                      f"{speed}  wait {100 * row[6]:.0f}%  eta {(end - step) * ms / 1000:.0f} s", flush=True)
-                log.writerow([f"{x:.8g}" for x in row] + ["", "", "", f"{time.time() - start:.1f}"])
-                log_file.flush()
-                if board:
-                    for name, value in zip(("loss", "lr", "grad_norm", "ms", "pairs_per_s", "wait_share"), row[1:]):
-                        board.add_scalar(name, value, step)
-                    board.add_scalar("memory_mb", peak_memory(device) or 0, step)
-                marked, loss_sum, since = step, 0.0, 0
-                clock.seconds.clear()
-
-            if seen and step == see_updates(cfg):
-                checkpoint(seen)
-            if read and step % cfg.eval_every == 0 or step == cfg.max_steps:
-                accuracy, val_loss, confusion = validate(model, val, cfg, device, dtype)
-                probe = data.batch(0, min(8, cfg.batch_size))
-                with torch.no_grad():
-                    _, attn = model(probe.images.to(device), probe.tokens.to(device), return_attn=True)
-                entropy = attention_entropy(attn["cross"].cpu(), probe.tokens.flatten(0, 1)).item()
-                print(f"--- step {step}: val balanced accuracy {100 * accuracy:.2f}%, answer loss {val_loss:.4f} "
-                      f"(guessing: 0.693), cross-attention entropy {entropy:.2f} of "
-                      f"{math.log(attn['cross'].shape[-1]):.2f}, {time.time() - start:.0f} s", flush=True)
-                log.writerow([step] + [""] * 6 + [f"{accuracy:.6f}", f"{val_loss:.6f}", f"{entropy:.4f}",
-                                                  f"{time.time() - start:.1f}"])
-                log_file.flush()
-                if board:
-                    board.add_scalar("val_accuracy", accuracy, step)
-                    board.add_scalar("val_loss", val_loss, step)
-                    board.add_text("confusion", "| true | said YES | said NO |\n|---|---|---|\n" + "\n".join(
-                        f"| {name} | {yes} | {no} |" for name, (yes, no) in zip(("YES", "NO"), confusion)), step)
-                    picture, asked = lit(probe, attn["cross"].cpu(), data)
-                    board.add_image("where it looked", picture, step)
-                    board.add_text("where it looked", "; ".join(asked), step)
-                score = -1.0 if math.isnan(accuracy) else accuracy
-                since_best = 0 if score > best or best < 0 else since_best + 1
-                if since_best == 0:
-                    best = max(score, 0.0)
-                    checkpoint(out / "best.pt")
-                if cfg.save_top > 1:
-                    top = sorted(top + [[score, step]], reverse=True)
-                    checkpoint(out / f"best-{step}.pt")
-                    for _, old in top[cfg.save_top:]:
-                        (out / f"best-{old}.pt").unlink(missing_ok=True)
-                    top = top[:cfg.save_top]
-            if step % cfg.eval_every == 0 or step == cfg.max_steps:
-                checkpoint(out / "last.pt")
-                clock("validation")
-                if cfg.early_stopping and since_best >= cfg.early_stopping:
-                    print(f"stopping: no better validation in {since_best} looks")
-                    break
+                # validate and save
+                if run.step % updates(cfg, cfg.eval_every) == 0 or ended:
+                    if reads:
+                        run.keep(validate(run, val, log), out)
+                    run.save(out / "last.pt")
+                    clock.last = time.perf_counter()        # neither is part of an update
+                    if cfg.early_stopping and run.since_best >= cfg.early_stopping:
+                        print(f"stopping: no better validation in {run.since_best} looks")
+                        break
     finally:
-        signal.signal(signal.SIGINT, interrupt)
         batches.close()
-        log_file.close()
-        if board:
-            board.close()
-
-    load_weights(model, load_checkpoint(out / "best.pt", device)["model"], out / "best.pt")
-    test = Data(cfg, meta, "test")
-    rows, odds = predict(model, test, cfg, device, dtype)
-    truth, items = test.index[rows, 3], prepare.read_items(cfg.data_dir, "test")
-    family = np.array([items[r]["family"] for r in rows])
-    by_family = {f"test_{f}": balanced_accuracy(truth[family == f], odds[family == f]) for f in sorted(set(family))}
-    result = dict(test_accuracy=balanced_accuracy(truth, odds), **by_family,
-                  val_accuracy=best, parameters=parameters, steps=step, seed=cfg.seed,
-                  seconds=round(time.time() - start, 1))
-    print("---", *(f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()), sep="\n")
-    if rank == 0:
-        write_json(out / "train.json", result)
-    if ranks > 1:
-        dist.destroy_process_group()
-    return result
+        log.close()
+    return test(run, meta, start)
 
 
 if __name__ == "__main__":
