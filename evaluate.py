@@ -224,8 +224,10 @@ def calibration_bins(p, truth, bins=15, equal_mass=False):
 
 def ece(p, truth, bins=15, equal_mass=False):
     """Expected calibration error in points (Naeini et al. 2015): mean of |share of YES - mean p| over questions."""
-    gaps = [n * abs(mean - share) for n, mean, share in calibration_bins(p, truth, bins, equal_mass)]
-    return 100 * sum(gaps) / len(p)
+    total = 0.0
+    for n, mean, share in calibration_bins(p, truth, bins, equal_mass):
+        total += n * abs(mean - share)
+    return 100 * total / len(p)
 
 
 def fit_temperature(odds, truth):
@@ -497,8 +499,10 @@ class Questions:
 def scores(hit, given, wanted):
     """Precision, recall and F1 in % of an answer: given and wanted so many times, of which `hit` times both."""
     # An answer that is never given, or never wanted, scores 0.
-    return dict(precision=100 * hit / max(given, 1), recall=100 * hit / max(wanted, 1),
-                f1=200 * hit / max(given + wanted, 1))
+    return dict(
+        precision=100 * hit / max(given, 1),
+        recall=100 * hit / max(wanted, 1),
+        f1=200 * hit / max(given + wanted, 1))
 
 
 def classification(truth, said):
@@ -593,8 +597,11 @@ def blind_odds(subject, meta, prompts, steps, size=256):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    found = []
     with torch.no_grad():
-        return torch.cat([odds_of(prompts[i:i + 1024]) for i in range(0, len(prompts), 1024)]).cpu().numpy()
+        for i in range(0, len(prompts), 1024):
+            found.append(odds_of(prompts[i:i + 1024]).cpu().numpy())
+    return np.concatenate(found)
 
 
 def controls(subject, asked, odds, meta, blind_steps):
@@ -711,7 +718,7 @@ def reasons(subject, asked, count):
     if all(item["answer"] is None for item in asked.items):
         return found
     # None, no verdict at all, counts as wrong.
-    right = np.array([answer == asked.truth[i] for answer, i in zip(answers, chosen)], bool)
+    right = np.array(answers) == asked.truth[chosen]
     return dict(
         found,
         valid_answers=asked.mean([answer is not None for answer in answers], chosen),
@@ -774,8 +781,9 @@ Look = namedtuple("Look", "question category maps cover")
 
 def look_of(entries):
     """A Look of entries (question, category, maps, cover)."""
-    question, category, maps, covers = zip(*entries) if entries else ((), (), (), ())
-    return Look(np.array(question, int), np.array(category), np.array(maps), np.array(covers))
+    if not entries:
+        return Look(np.zeros(0, int), np.zeros(0, str), np.zeros(0), np.zeros(0))
+    return Look(*map(np.array, zip(*entries)))
 
 
 def looks(subject, asked, chosen, model=None):
@@ -788,7 +796,8 @@ def looks(subject, asked, chosen, model=None):
     for i, (_, maps) in zip(chosen, subject.look(asked.jobs(chosen), model)):
         question = asked.questions[i]
         # Copies: a slice would keep the maps of the whole batch in memory.
-        answers.append(maps[:, :, -1].copy())
+        at_end = maps[:, :, -1].copy()
+        answers.append(at_end)
         words = [subject.tokenizer.words[t] for t in asked.prompts[i]]
         for category in dict.fromkeys(question.objects):
             things = asked.view(i).certain(category)
@@ -797,7 +806,7 @@ def looks(subject, asked, chosen, model=None):
                 at_words.append((i, category, maps[:, :, places[0]].copy(), asked.cover(i, things)))
         things = question.evidence(asked.view(i)) if asked.truth[i] and question.objects else []
         if things:
-            at_answers.append((i, question.objects[0], answers[-1], asked.cover(i, things)))
+            at_answers.append((i, question.objects[0], at_end, asked.cover(i, things)))
     return np.array(answers), look_of(at_answers), look_of(at_words)
 
 
@@ -846,10 +855,14 @@ def grounding(asked, look, untrained, chosen_on):
     at, covers = look.question, look.cover
     found = {}
     for name, maps in {"model": own, **rivals}.items():
-        found[name] = asked.means(at, pointing=pointing(maps, covers), mass_in_box=mass_in_box(maps, covers),
-                                  iou=box_iou(maps, covers, threshold))
+        found[name] = asked.means(
+            at,
+            pointing=pointing(maps, covers),
+            mass_in_box=mass_in_box(maps, covers),
+            iou=box_iou(maps, covers, threshold))
         # The median, because a small box that is hit has an enrichment of 50 and more.
-        found[name]["enrichment"] = median_estimate(asked.picture[at], enrichment(maps, covers), asked.cfg.bootstrap)
+        times = enrichment(maps, covers)
+        found[name]["enrichment"] = median_estimate(asked.picture[at], times, asked.cfg.bootstrap)
     # In pairs with the strongest baseline: a hit on a large object in the middle proves little.
     best = max(rivals, key=lambda name: found[name]["pointing"]["value"])
     ahead = pointing(own, covers) - pointing(rivals[best], covers)
@@ -900,7 +913,8 @@ def deletion_insertion(subject, asked, answer, odds, count):
         result[name] = asked.means(at, 1, attention=own, random=chance, difference=own - chance)
         result[name].update(curve=[], random_curve=[])
         if len(usable):
-            result[name].update(curve=p[:, 0, k].mean(0).tolist(), random_curve=p[:, 1:, k].mean((0, 1)).tolist())
+            result[name]["curve"] = p[:, 0, k].mean(0).tolist()
+            result[name]["random_curve"] = p[:, 1:, k].mean((0, 1)).tolist()
     return result
 
 
@@ -923,7 +937,10 @@ def distances(a, b):
 
 def answer_maps(subject, jobs):
     """Where each prompt's answer looks, mean over layers and heads: (n, P)."""
-    return np.array([maps[:, :, -1].mean((0, 1)) for _, maps in subject.look(jobs)])
+    found = []
+    for _, maps in subject.look(jobs):
+        found.append(maps[:, :, -1].mean((0, 1)))
+    return np.array(found)
 
 
 def reworded(question, command, rng):
@@ -1074,7 +1091,7 @@ def specialisation(word):
         mine = word.category == category
         inside = np.einsum("nlhp,np->lh", word.maps[mine], word.cover[mine]) / mine.sum()
         profile.append(inside / word.cover[mine].mean())
-    profile = np.stack(profile, -1)                                                              # (L, H, C)
+    profile = np.stack(profile, -1)                         # (L, H, C)
     # Logarithms, so that twice and half of even attention lie equally far from it.
     logs = np.log(np.maximum(profile, 1e-6)).reshape(-1, len(kinds))                             # (L*H, C)
     # As many clusters as fit best; a single one scores 0.
@@ -1084,13 +1101,15 @@ def specialisation(word):
     for c in sorted(set(label.tolist())):
         mean = np.exp(logs[label == c].mean(0))
         heads = [divmod(int(i), profile.shape[1]) for i in np.flatnonzero(label == c)]
-        clusters.append(dict(heads=heads, looks_for=kinds[mean.argmax()], enrichment=mean.max(), mean=mean.mean()))
+        favourite = mean.argmax()
+        clusters.append(dict(heads=heads, looks_for=kinds[favourite], enrichment=mean[favourite], mean=mean.mean()))
+    selectivity = logs.max(1) - logs.mean(1)
     return dict(
         categories=kinds,
         enrichment=profile.tolist(),
         clusters=clusters,
         silhouette=silhouette(logs, label),
-        selectivity=(logs.max(1) - logs.mean(1)).reshape(profile.shape[:2]).tolist())
+        selectivity=selectivity.reshape(profile.shape[:2]).tolist())
 
 
 def attention(subject, asked, odds, val, chosen):
@@ -1103,8 +1122,10 @@ def attention(subject, asked, odds, val, chosen):
     _, null_answer, null_word = looks(subject, asked, chosen, untrained)
     _, val_answer, val_word = looks(subject, val, val.sample_pictures(cfg.sample_items // 4))
     # Per head first: the entropy of an average map would hide heads that look at one patch each.
-    spread = entropy(maps)                                                                       # (m, L, H)
+    spread = entropy(maps)                                  # (m, L, H)
     overall = spread.mean((1, 2))
+    confidence = np.abs(odds[chosen])
+    by_head = [[asked.mean(head, chosen, 1) for head in layer] for layer in np.moveaxis(spread, 0, -1)]
     found = dict(
         grounding=dict(
             word=grounding(asked, word, null_word, val_word),
@@ -1112,8 +1133,8 @@ def attention(subject, asked, odds, val, chosen):
         entropy=dict(
             maximum=math.log(maps.shape[-1]),
             mean=asked.mean(overall, chosen, 1),
-            by_head=[[asked.mean(head, chosen, 1) for head in layer] for layer in np.moveaxis(spread, 0, -1)],
-            with_confidence=correlation_estimate(asked.picture[chosen], overall, np.abs(odds[chosen]), cfg.bootstrap)),
+            by_head=by_head,
+            with_confidence=correlation_estimate(asked.picture[chosen], overall, confidence, cfg.bootstrap)),
         specialisation=specialisation(word),
         specialisation_untrained=specialisation(null_word),
         deletion_insertion=deletion_insertion(subject, asked, answer, odds, cfg.probe_items),
@@ -1126,7 +1147,9 @@ def attention(subject, asked, odds, val, chosen):
 def parts(question, view):
     """The simpler questions that make up this one and whose truth is certain; none for the simplest."""
     def simplest(name):
-        return Question("light", name.split()[0], "") if name in LIGHTS else Question("exists", name, "")
+        if name in LIGHTS:
+            return Question("light", name.split()[0], "")
+        return Question("exists", name, "")
     template = question.template
     found = []
     # Each part is one thing that must be seen, or one side that must be judged, to answer the whole.
@@ -1229,8 +1252,8 @@ def confusions(asked, odds, least=20):
             a = 100 * float(np.mean(said))
             b = 100 * float(np.mean(without))
             # + 1 avoids a division by 0, and keeps single answers from coming first.
-            found.append(dict(asked=category, present=other, n=len(said), said_yes=a, elsewhere=b,
-                              times=(a + 1) / (b + 1)))
+            times = (a + 1) / (b + 1)
+            found.append(dict(asked=category, present=other, n=len(said), said_yes=a, elsewhere=b, times=times))
     return sorted(found, key=lambda c: -c["times"])
 
 
@@ -1240,7 +1263,7 @@ def command_pairs(asked, odds):
     {templates, n, same, expected}: (C, C) matrices over templates, in %; expected: were their errors independent.
     """
     names = sorted({q.template for q in asked.questions})
-    kind = np.eye(len(names))[[names.index(q.template) for q in asked.questions]]                # (n, C)
+    kind = np.eye(len(names))[[names.index(q.template) for q in asked.questions]]     # (n, C)
     wrong = (odds > 0) != asked.truth
     n = np.zeros((len(names), len(names)))
     same = np.zeros((len(names), len(names)))
@@ -1366,6 +1389,20 @@ def opened(cfg):
     return subject, other
 
 
+def store_maps(path, subject, asked, odds, chosen, maps):
+    """Write attention.npz: the answer maps (m, L, H, P) of the chosen questions, and those of some wrong answers."""
+    # The figure of failures shows where wrong answers looked; the number is bounded, because full maps are large.
+    failed = asked.sample(STORED_FAILURES, 5, (odds > 0) != asked.truth)
+    failure_maps = [found[:, :, -1] for _, found in subject.look(asked.jobs(failed))]
+    np.savez(
+        path,
+        items=asked.rows[chosen],
+        answer_maps=maps.mean((1, 2)).astype(np.float16),
+        odds=odds[chosen],
+        failure_items=asked.rows[failed],
+        failure_maps=np.array(failure_maps, np.float16).reshape(-1, *maps.shape[1:]))
+
+
 def evaluate(cfg, blind_steps=300):
     """Evaluate cfg.checkpoint (empty: out_dir/best.pt) on cfg.split; prints the page, writes and returns eval.json.
 
@@ -1411,8 +1448,10 @@ def evaluate(cfg, blind_steps=300):
     page["descriptions"] = reasons(subject, described, cfg.sample_items // 8)
     # Fitted on val: on the questions that it is tested with, the temperature would look too good.
     temperature = fit_temperature(val_odds, val.truth) if len(val_odds) else 1.0
-    page["calibration"] = dict(temperature=temperature, raw=calibration(odds, asked.truth),
-                               scaled=calibration(odds / temperature, asked.truth))
+    page["calibration"] = dict(
+        temperature=temperature,
+        raw=calibration(odds, asked.truth),
+        scaled=calibration(odds / temperature, asked.truth))
     stage("attention: where it points, deletion and insertion, stability")
     chosen = asked.sample_pictures(cfg.sample_items)
     page["attention"], maps = attention(subject, asked, odds, val, chosen)
@@ -1420,24 +1459,19 @@ def evaluate(cfg, blind_steps=300):
     page["head_ablation"] = head_ablation(subject, Questions(subject, meta, cfg.split, cfg.head_items))
     stage("failures")
     records, counts = failures(subject, asked, odds)
-    page["failures"] = dict(counts=counts, confusions=confusions(asked, odds), command_pairs=command_pairs(asked, odds))
+    page["failures"] = dict(
+        counts=counts,
+        confusions=confusions(asked, odds),
+        command_pairs=command_pairs(asked, odds))
     if other:
         stage("the other checkpoint")
         page["against"] = compare(other, asked, odds)
 
     page = rounded(page)
     print_page(page, records)
-    # The figure of failures shows where wrong answers looked; the number is bounded, because full maps are large.
-    failed = asked.sample(STORED_FAILURES, 5, (odds > 0) != asked.truth)
-    failure_maps = [found[:, :, -1] for _, found in subject.look(asked.jobs(failed))]
-    np.savez(
-        out / "attention.npz",
-        items=asked.rows[chosen],
-        answer_maps=maps.mean((1, 2)).astype(np.float16),
-        odds=odds[chosen],
-        failure_items=asked.rows[failed],
-        failure_maps=np.array(failure_maps, np.float16).reshape(-1, *maps.shape[1:]))
-    (out / "failures.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    store_maps(out / "attention.npz", subject, asked, odds, chosen, maps)
+    lines = [json.dumps(record) + "\n" for record in records]
+    (out / "failures.jsonl").write_text("".join(lines), encoding="utf-8")
     (out / "eval.json").write_text(json.dumps(page, indent=1, allow_nan=False), encoding="utf-8")
     print(f"\nwrote eval.json, failures.jsonl and attention.npz to {out} in {time.time() - start:.0f} s")
     return page

@@ -2155,7 +2155,7 @@ def test_calibration_error_and_temperature_by_hand():
     assert evaluate.fit_temperature(np.array([5.0, -5.0]), np.array([True, False])) == pytest.approx(math.exp(-3))
 
 
-# ---- evaluation: where maps point ----
+# ---- evaluation: maps and heads ----
 
 def one_hot(*patches, size=16):
     found = np.zeros(size)
@@ -2222,9 +2222,10 @@ def test_grounding_compares_the_model_with_its_best_baseline():
     maps = np.stack([np.broadcast_to(one_hot(0), (4, 2, 16)), 3 * look.maps[:, 1]], 1) / 2  # layer 0 always looks away
     look = look._replace(maps=maps)
     untrained = look._replace(maps=np.broadcast_to(one_hot(0), look.maps.shape))
-    found = evaluate.grounding(asked, look, untrained, look)
+    other_set = look_of((0, "car", [1, 2, 3], np.array([0, 0.9, 1, 0.7] + [0.5] * 12)))
+    found = evaluate.grounding(asked, look, untrained, other_set)
     value = {name: {k: row["value"] for k, row in rows.items()} for name, rows in found["scores"].items()}
-    assert found["threshold"] > 1 / 3 and value["model"] == pytest.approx(
+    assert found["threshold"] == 0.55 and value["model"] == pytest.approx(
         dict(pointing=75, mass_in_box=75 * 0.75, enrichment=12 * 0.75, iou=100 * 2.5 / 4))
     assert value["another picture's map"]["pointing"] == 50 and value["untrained weights"]["pointing"] == 0
     area = 100 * 5 / 64
@@ -2270,8 +2271,6 @@ def test_entropy_and_distances_of_maps():
     assert np.allclose(found["cosine"], [a @ b / np.linalg.norm(a) / np.linalg.norm(b), 1])
 
 
-# ---- evaluation: heads ----
-
 @torch.no_grad()
 def test_a_head_of_every_attention_can_be_taken_out_and_is_put_back():
     model, images, tokens = tiny(), pictures(2), words(2, 7)
@@ -2302,11 +2301,6 @@ def test_planted_clusters_are_found():
     assert evaluate.silhouette(points, evaluate.k_means(points, 1)) == 0
     assert evaluate.silhouette(points, np.array([0, 0, 0, 1])) == pytest.approx(np.mean(
         [(11 - 5.5) / 11, (10 - 5) / 10, (1 - 9.5) / 9.5, 0])), "one alone counts 0"
-    truth = np.repeat(np.arange(5), 8)
-    points = 5 * np.eye(5)[truth] + np.random.default_rng(0).normal(0, 0.3, (40, 5))
-    labels = {k: evaluate.k_means(points, k) for k in range(2, 7)}
-    scores = {k: evaluate.silhouette(points, label) for k, label in labels.items()}
-    assert len(set(zip(truth, labels[5]))) == 5 == max(scores, key=scores.get)
 
 
 def test_heads_that_look_for_cars_are_found():
@@ -2367,6 +2361,7 @@ def test_questions_are_those_of_the_set_and_are_asked_as_in_training(subject, te
     assert [i for i in drawn.items["test"] if i["answer"] is None] == described.items
     assert len(set(tested.sample(50, 0))) == 50 and not np.array_equal(tested.sample(50, 0), tested.sample(50, 1))
     assert set(tested.sample(50, 0, tested.truth)) < set(np.flatnonzero(tested.truth))
+    assert np.allclose(subject.blank / 255, drawn.meta["mean"], atol=1 / 500) and subject.blank.shape[:2] == (SIZE, SIZE)
 
 
 @torch.no_grad()
@@ -2401,7 +2396,7 @@ def test_generated_answers_are_split_from_their_reasons(subject, monkeypatch):
     assert found == [(False, f"{word[30]} {word[31]}"), (True, word[32]), (None, f"{word[33]} [YES]")]
 
 
-# ---- evaluation: accuracy and failures ----
+# ---- evaluation: accuracy, failures, twins, reasons, attention ----
 
 def test_classification_by_hand():
     truth, said = np.array([1, 1, 1, 0, 0, 0, 0, 0]) == 1, np.array([1, 1, 0, 1, 0, 0, 0, 0]) == 1
@@ -2425,7 +2420,6 @@ def test_breakdowns_sum_to_all_questions(tested):
             ("words", "5-6", lambda i: len(tokenizer.split_words(tested.items[i]["command"])) in (5, 6)),
             ("object", "bus", lambda i: "bus" in tested.items[i]["command"].split()),
             ("place", "left", lambda i: "left" in tested.items[i]["command"].split()),
-            ("template", "light", lambda i: tested.items[i]["template"] == "light"),
             ("level", "complex", lambda i: tested.items[i]["level"] == "complex"),
             ("objects seen in the scene", "3-4", lambda i: tested.frame(i)["complexity"] in (3, 4)),
             ("scene", "highway", lambda i: tested.frame(i)["attributes"]["scene"] == "highway"),
@@ -2508,15 +2502,14 @@ def test_which_kinds_and_which_commands_are_mixed_up():
 
 @pytest.mark.parametrize("cars, another, gain", [((0, 2), 100, 0), ((0, 1), 0, 50)])
 def test_the_vision_gain_is_over_the_best_control(cars, another, gain, monkeypatch):
-    """The model sees cars, and none in a blank picture. The other picture is the one after the next; the decoder
-    without pictures is always wrong."""
-    asked = asked_of({p: [CAR_LEFT] * (p in cars) for p in range(4)}, *((p, "exists", "car") for p in range(4)))
-    odds = np.where(asked.truth, 1, -1)
+    """The model sees cars; without any picture it is always wrong. The other picture is the one after the next."""
+    asked = asked_of({p: [CAR_LEFT] * (p in cars) for p in range(4)}, *((p, "exists", "car", "", p) for p in range(4)))
+    odds, said = np.where(asked.truth, 1, -1), [item["command"] for item in asked.items]
     monkeypatch.setattr(evaluate, "blind_odds", lambda *_: -odds)
-    subject = answering(lambda picture, _: -1 if np.ndim(picture) else odds[picture])
+    subject = answering(lambda picture, command: -odds[said.index(command)] if np.ndim(picture) else odds[picture])
     found = evaluate.controls(subject, asked, odds, None, 0)
     assert {name: row["value"] for name, row in found["controls"].items()} == {
-        "blank picture": 50, "another picture": another, "trained without pictures": 0}
+        "blank picture": 0, "another picture": another, "trained without pictures": 0}
     assert found["controls_by_template"] == {"exists": found["controls"]} and found["vision_gain"]["value"] == gain
 
 
@@ -2533,8 +2526,6 @@ def test_a_model_without_pictures_scores_50_unless_the_questions_give_answers_aw
     first = np.array([prompt[1] == subject.tokenizer.ids["is"] for prompt in tested.prompts])
     assert train.balanced_accuracy(first, odds) > 0.9
 
-
-# ---- evaluation: twins and reasons ----
 
 def test_twins_tell_who_looks_from_who_does_not(drawn, tested, monkeypatch):
     """Scene and edit stand for a twin's picture: one model answers by its truth, one says YES, one the opposite."""
@@ -2590,8 +2581,6 @@ def test_reasons_and_descriptions_are_compared_and_checked(subject, tested, draw
     found = says([(None, described.items[i]["reason"]) for i in described.sample(300, 1)], described)
     assert found == dict(exact=100, bleu4=pytest.approx(100), rouge_l=100, true=100, false=0, not_in_grammar=0)
 
-
-# ---- evaluation: attention of words and answers ----
 
 def test_a_word_is_judged_by_its_kind_and_an_answer_by_what_makes_it_yes():
     right, far, small = box("car", centre=104, bottom=80), box("bus", centre=64, bottom=70), box("car", 64, width=5)
