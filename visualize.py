@@ -1229,7 +1229,8 @@ PAGE = HEAD + """<p id="said" aria-live="polite"></p>
 <label>Head <select id="head" size="8"></select></label></p>
 <p><img id="picture" alt="the picture" style="width: 20rem; max-width: 100%">
 <canvas id="map" width="640" height="640" role="img" style="width: 30rem; max-width: 100%"></canvas></p>
-<p id="bar" style="max-width: 30rem; padding: .2rem">≤ 1× <span id="top" style="float: right; color: white"></span></p>
+<p id="bar" style="max-width: 30rem; padding: .2rem">≤ 1×
+<span id="top" style="float: right; color: white"></span></p>
 <script>
 "use strict";
 const D = @DATA@;
