@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
 import commands
 import config
-from commands import QUESTIONS, TRUE, UNSURE, View
+from commands import QUESTIONS, UNSURE, View
 from config import UserError
 from tokenizer import Tokenizer
 
