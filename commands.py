@@ -1,6 +1,7 @@
 """Commands, their answers and the reasons for them: every rule of the task in one file.
 
-- View: which objects of a labelled frame count as seen, where they are (left, ahead, right), and which are near.
+- View: which objects of a labelled frame count as seen, where they are (left, ahead, right), which are near, and which
+  block the way.
 - Truth has three values, FALSE < UNSURE < TRUE. UNSURE means that fair people could disagree: such a command is never
   used.
 - Question: a template with its objects and place. It knows its truth, its words and its reason.
@@ -26,30 +27,31 @@ ROAD_USERS = ("car", "truck", "bus", "train", "pedestrian", "rider", "bicycle", 
 HANGING = ("traffic light", "traffic sign")    # nearness shows in their height: their lower edge is in the air
 CATEGORIES = ROAD_USERS + HANGING
 LIGHTS = tuple(f"{colour} light" for colour in COLOURS)
-# Words for a category in commands. The first is the canonical one, used in every reason.
+# Words for a category in commands. The first is the canonical one, used in every reason. No word may mean more than the
+# category: a rider is a person too, not every rider is a cyclist, and a bike may be a motorcycle.
 NOUNS = {
-    "car": ("car", "passenger car", "automobile"), "truck": ("truck", "lorry"), "bus": ("bus", "city bus"),
-    "train": ("train", "tram"), "pedestrian": ("pedestrian", "person", "walker"), "rider": ("rider", "cyclist"),
-    "bicycle": ("bicycle", "bike"), "motorcycle": ("motorcycle", "motorbike"),
+    "car": ("car", "passenger car"), "truck": ("truck", "lorry"), "bus": ("bus", "city bus"),
+    "train": ("train", "tram"), "pedestrian": ("pedestrian",), "rider": ("rider",),
+    "bicycle": ("bicycle",), "motorcycle": ("motorcycle", "motorbike"),
     "traffic light": ("traffic light", "traffic signal", "stoplight"),
     "traffic sign": ("traffic sign", "road sign", "street sign"),
 }
 # Words by which a command can name a category: the last words of its nouns.
 NAMED = {category: {noun.split()[-1] for noun in NOUNS[category]} for category in CATEGORIES}
-NAMED["traffic light"] |= {"signal", "light", "lamp"}
 COLOUR_WORDS = {"red": ("red",), "yellow": ("yellow", "amber"), "green": ("green",)}
 PLACE_WORDS = {
-    "left": ("on the left", "to the left", "on the left side", "at the left", "on our left hand"),
-    "ahead": ("ahead", "in front", "straight ahead", "in the middle", "directly in front of us"),
-    "right": ("on the right", "to the right", "on the right side", "at the right", "on our right hand"),
+    "left": ("on the left", "to the left", "on the left side", "on our left"),
+    "ahead": ("ahead", "in front", "straight ahead", "in front of us"),
+    "right": ("on the right", "to the right", "on the right side", "on our right"),
 }
 SIDE = {"left": "left", "ahead": "way ahead", "right": "right"}
 
 # ---- the view: what is seen, where, how near ----
 
 # certain: TRUE or UNSURE; place: left, ahead, right, or None near a border; places: all places where it may be;
-# near: a truth; closeness: above 1 is near, and larger is nearer; colour: of a traffic light; label: index in the frame
-Thing = namedtuple("Thing", "category certain place places near closeness colour label")
+# fills: places that it blocks by its width alone, if it is a near road user; near: a truth; closeness: above 1 is near,
+# and larger is nearer; colour: of a traffic light; label: index in the frame
+Thing = namedtuple("Thing", "category certain place places fills near closeness colour label")
 
 
 def visible_shares(boxes, categories, size):
@@ -82,13 +84,12 @@ def third_of(x):
 
 def nearness(category, y1, y2, size, cfg):
     """(near, closeness) of an object whose box reaches from y1 down to y2, see Thing."""
+    measure, near, far = y2 / size, cfg.near_line, cfg.far_line
     if category in HANGING:
-        measure, line = (y2 - y1) / size, cfg.near_height
-    else:
-        measure, line = y2 / size, cfg.near_line
-    if abs(measure - line) < cfg.near_margin:
-        return UNSURE, measure / line
-    return (TRUE if measure > line else FALSE), measure / line
+        measure, near, far = (y2 - y1) / size, cfg.near_height, cfg.far_height
+    if far <= measure <= near:
+        return UNSURE, measure / near
+    return (TRUE if measure > near else FALSE), measure / near
 
 
 def at_place(thing, place):
@@ -96,6 +97,16 @@ def at_place(thing, place):
     if place in (None, thing.place):
         return TRUE
     return UNSURE if place in thing.places else FALSE
+
+
+def blocks(thing, place):
+    """Truth of "it blocks the way at `place`": a near road user that is there or fills most of it."""
+    if thing.category not in ROAD_USERS:
+        return FALSE
+    if place in thing.fills:
+        # What fills a third does not leave it certainly free, even from a little farther away.
+        return min(thing.certain, max(thing.near, UNSURE))
+    return min(thing.certain, thing.near, at_place(thing, place))
 
 
 def at_distance(thing, near):
@@ -124,12 +135,16 @@ class View:
             big = min(x2 - x1, y2 - y1) >= cfg.min_pixels
             certain = TRUE if big and share >= cfg.min_visible else UNSURE
             centre = (x1 + x2) / 2 / size
-            # Close to a border between thirds, the object may be in either.
-            places = PLACES[third_of(centre - cfg.place_margin):third_of(centre + cfg.place_margin) + 1]
-            place = places[0] if len(places) == 1 else None
+            # Close to a border between thirds, the centre may be in either.
+            central = PLACES[third_of(centre - cfg.place_margin):third_of(centre + cfg.place_margin) + 1]
+            place = central[0] if len(central) == 1 else None
+            # Share of each third's width that the box covers, below 0 where it does not reach.
+            covers = {p: 3 * (min(x2 / size, (k + 1) / 3) - max(x1 / size, k / 3)) for k, p in enumerate(PLACES)}
+            places = [p for p in PLACES if p in central or covers[p] > cfg.maybe_share]
+            fills = [p for p in PLACES if covers[p] > cfg.block_share]
             near, closeness = nearness(label["category"], y1, y2, size, cfg)
             colour = label.get("attributes", {}).get("trafficLightColor", "none")
-            self.objects.append(Thing(label["category"], certain, place, places, near, closeness, colour, index))
+            self.objects.append(Thing(label["category"], certain, place, places, fills, near, closeness, colour, index))
         self.objects.sort(key=lambda thing: -thing.closeness)
         self.light = self._light()
         self.there = {category: self.exists(category) for category in CATEGORIES}
@@ -151,27 +166,33 @@ class View:
             return UNSURE
         return TRUE if self.light == colour else FALSE
 
-    def matching(self, category=None, place=None, near=None):
-        """[(truth, Thing)] for objects that are or may be of `category` (None: any road user), at `place`, `near`."""
+    def matching(self, category, place=None, near=None):
+        """[(truth, Thing)] for objects of `category` that are or may be at `place`, `near`."""
         found = []
         for o in self.objects:
-            if o.category == category or (category is None and o.category in ROAD_USERS):
+            if o.category == category:
                 truth = min(o.certain, at_place(o, place), at_distance(o, near))
                 if truth > FALSE:
                     found.append((truth, o))
         return found
 
-    def certain(self, category=None, place=None, near=None):
+    def certain(self, category, place=None, near=None):
         """[Thing] that certainly match, nearest first; arguments as in matching()."""
         return [o for truth, o in self.matching(category, place, near) if truth == TRUE]
 
-    def exists(self, category=None, place=None, near=None):
+    def exists(self, category, place=None, near=None):
         """Truth of "there is such an object"; arguments as in matching()."""
         return max((truth for truth, _ in self.matching(category, place, near)), default=FALSE)
 
+    def blocked(self, place, category=None):
+        """Truth of "a road user blocks `place`"; category: the only one that counts, if it is given."""
+        # Two that reach in from both sides may fill the way ahead together. One of them then covers more than half of
+        # block_share, and while that is above maybe_share, the truth is not FALSE.
+        return max((blocks(o, place) for o in self.objects if category in (None, o.category)), default=FALSE)
+
     def seen(self, place=None):
-        """[Thing] of every category that are certainly there, at `place` if one is given, nearest first."""
-        return [o for o in self.objects if o.certain == TRUE and place in (None, o.place)]
+        """[Thing] of every category that certainly exist, nearest first; with `place`, those that may be there."""
+        return [o for o in self.objects if o.certain == TRUE and (place is None or place in o.places)]
 
 
 # ---- words for reasons ----
@@ -234,72 +255,77 @@ Template = namedtuple("Template", "family level share paraphrases")
 TEMPLATES = {
     "exists": Template("detection", "simple", 0.13, (
         "is there {a} in the scene", "is there {a}", "do you see {a}", "can you see {a} in the picture",
-        "is {a} visible",
-        "is there any {n} around", "does the picture show {a}", "can you find {a} here", "do you notice any {n}",
-        "does the scene contain {a}", "is {a} present in this image", "can you spot {a} anywhere",
-        "has the camera captured any {n}", "would you say that there is {a}", "does this photo include {a}",
-        "are we looking at {a}", "do you see any {n} in the picture")),
+        "is {a} visible", "is there any {n} around", "does the picture show {a}", "can you find {a} here",
+        "do you notice any {n}", "does the scene contain {a}", "is {a} present in this image",
+        "can you spot {a} anywhere", "has the camera captured any {n}", "would you say that there is {a}",
+        "does this photo include {a}", "is there at least one {n}", "did the camera catch {a}",
+        "do you see {a} on this street", "is there {a} in front of the camera",
+        "is {a} shown here", "does {a} show up in the image",
+        "do you see any {n} in the picture")),
     "exists_at": Template("detection", "medium", 0.24, (
         "is there {a} {at}", "do you see {a} {at}", "is {a} visible {at}", "can you see any {n} {at}",
-        "{at} , is there {a}", "does the picture show {a} {at}", "is there any {n} {at} of the scene",
-        "can you find {a} {at}", "look {at} : is there {a}", "does {a} appear {at}", "is {a} located {at}",
-        "can you spot {a} {at}", "do you notice {a} {at}")),
+        "{at} , is there {a}", "does the picture show {a} {at}", "is there any {n} {at}", "can you find {a} {at}",
+        "does {a} appear {at}", "is {a} located {at}", "can you spot {a} {at}",
+        "have you spotted {a} {at}", "is {a} to be found {at}", "do you notice {a} {at}")),
     "near": Template("detection", "medium", 0.08, (
         "is there {a} near", "is {a} close to us", "do you see {a} nearby", "is there a nearby {n}",
-        "is any {n} close to our vehicle", "is there {a} close by", "is {a} within a short distance",
-        "are we getting close to {a}", "can you see {a} near us")),
+        "is {a} only a few metres away", "is any {n} close to our vehicle", "is there {a} close by",
+        "can you see {a} near us")),
     "light": Template("state", "medium", 0.09, (
         "is the traffic light {c}", "is the light {c}", "is the signal {c} now", "does the traffic light show {c}",
-        "do you see a {c} light", "is there a {c} traffic light", "has the light turned {c}",
-        "is the colour of the light {c}", "is the lamp lit {c}", "is the signal currently {c}",
-        "does the signal show {c} now")),
+        "does the light look {c}", "has the light turned {c}",
+        "is the colour of the light {c}", "is the signal currently {c}", "has the signal switched to {c}",
+        "is the light showing {c} at this moment", "does the signal show {c} now")),
     "straight": Template("safety", "complex", 0.05, (
         "can the car safely go straight", "is it safe to go straight", "may we drive straight on",
         "can we continue straight ahead", "is it safe to keep going", "should we keep driving straight",
-        "can the vehicle move forward safely", "is it okay to proceed", "are we allowed to proceed straight",
-        "can the driver carry on without risk", "may the car continue straight on")),
+        "can the vehicle move forward safely", "is it okay to proceed", "is the car free to go straight",
+        "can the driver carry on without risk", "would it be safe to continue along this road",
+        "may the car continue straight on")),
     "stop": Template("safety", "complex", 0.05, (
         "should the car stop", "do we have to stop", "must the vehicle halt", "should we brake now",
         "is it necessary to stop here", "does the car need to wait", "is braking required",
-        "ought the driver to hit the brakes", "should the driver slow down and stop", "must we stop now")),
+        "should the driver hit the brakes", "should the driver slow down and stop",
+        "is it time to press the brake pedal", "would it be wise to stop", "is a stop needed", "must we stop now")),
     "turn": Template("safety", "complex", 0.07, (
-        "can the car safely turn {d}", "is it safe to turn {d}", "may we turn {d} now", "can we make a {d} turn",
-        "is a {d} turn safe", "could the vehicle turn {d} safely", "should we take the {d} turn now",
-        "are we allowed to turn {d}", "is it okay to steer {d} at this junction",
-        "can the driver go {d} without danger",
+        "can the car safely turn {d}", "is it safe to turn {d}", "may we turn {d}", "can we make a {d} turn",
+        "is a {d} turn safe", "could the vehicle turn {d} safely", "is it okay to turn {d} here",
+        "can the driver go {d} without danger", "would a {d} turn be safe", "can the driver safely steer {d}",
         "may the car make a {d} turn")),
     "change": Template("safety", "complex", 0.06, (
         "can the car safely change lanes to the {d}", "is it safe to move to the {d} lane",
         "may we switch to the {d} lane", "can we merge into the {d} lane", "is a lane change to the {d} safe",
-        "could the vehicle move over to the {d}", "is it okay to shift into the {d} lane",
-        "can the driver pull over to the {d}", "may the car change to the {d} lane")),
+        "could the vehicle move over to the {d}", "is it okay to take the {d} lane",
+        "would it be safe to switch lanes to the {d}", "is moving one lane to the {d} safe",
+        "may the car change to the {d} lane")),
     "clear": Template("navigation", "simple", 0.08, (
-        "is the {side} clear", "is the {side} free", "is there space on the {side}", "is the {side} open",
-        "is nothing blocking the {side}", "is the {side} empty of traffic", "is there nothing near on the {side}",
-        "is the {side} unobstructed", "is there enough room on the {side}", "does the {side} look clear",
-        "is the {side} free of traffic")),
+        "is the {side} clear", "is the {side} free", "is the {side} open", "is nothing blocking the {side}",
+        "does the {side} look clear", "is the {side} unobstructed",
+        "does the {side} look free of obstacles",
+        "is the {side} free of obstacles")),
     "and": Template("", "complex", 0.05, (
         "is there {a} and {b}", "do you see {a} and {b}", "are there both {a} and {b}",
-        "can you see {a} as well as {b}",
-        "does the picture show {a} together with {b}", "is there {a} and also {b}", "are {a} and {b} both visible")),
+        "can you see {a} as well as {b}", "does the picture show {a} together with {b}", "is there {a} and also {b}",
+        "are {a} and {b} both visible")),
     "and_no": Template("", "complex", 0.06, (
-        "is there {a} and no {m}", "do you see {a} but no {m}", "is there {a} without {b}",
-        "can you see {a} while there is no {m}", "is {a} visible but not {b}", "is there {a} but never {b}",
-        "do you see {a} without any {m}")),
+        "is there {a} and no {m}", "do you see {a} but no {m}", "is there {a} but no {m}", "can you see {a} and no {m}",
+        "does the picture show {a} but no {m}", "do you notice {a} but no {m}",
+        "does the scene contain {a} and no {m}")),
     "or": Template("", "complex", 0.05, (
         "is there {a} or {b}", "do you see either {a} or {b}", "can you find {a} or {b}", "is {a} or {b} visible",
-        "does the picture show {a} or else {b}", "is at least one of these here : {a} or {b}",
-        "is there either {a} or {b} in the scene")),
+        "does the picture show {a} or {b}", "do you notice {a} or {b}", "is there either {a} or {b} in the scene")),
 }
 DESCRIBE = ("describe the scene", "describe what you see", "what is in the scene", "what do you see",
             "tell me what is in the picture", "list all objects around us", "what does the picture show",
             "which things are in front of the camera", "give a short description of the street",
-            "what can be seen from the car", "explain what happens on the road", "tell me what you see")
+            "what can be seen from the car", "name everything that you can see", "please describe this street",
+            "give me a summary of the traffic scene", "what objects are visible", "report what surrounds us",
+            "mention all that you notice", "summarise the street scene", "tell me what you see")
 DESCRIBE_AT = ("what is {at}", "what do you see {at}", "tell me what is {at}", "describe what is {at}",
                "which things are {at}", "{at} , what do you see", "list all objects {at}", "what can be seen {at}")
 # Without these, questions that pair an object and a place never paired in training lose 10 points more.
 WHERE = ("where is the {n}", "where is {a}", "where do you see {a}", "tell me where {a} is",
-         "in which place is the {n}", "where can {a} be seen")
+         "in which part of the picture is the {n}", "where can {a} be seen")
 DESCRIPTIONS = {"describe": DESCRIBE, "describe_at": DESCRIBE_AT, "where": WHERE}
 # Questions that training never asks, although reasons and descriptions may mention the same things. Each of these
 # objects is still asked about at two places: at one place alone, the word for it would carry no information, and
@@ -392,7 +418,7 @@ class Question(namedtuple("Question", "template first second")):
             return min(a, 2 - b)
         if self.category:
             return view.exists(**self.asked())
-        blocked = max(view.exists(None, place, near=True) for place in self.ways())
+        blocked = max(view.blocked(place) for place in self.ways())
         if self.obeys_light():
             blocked = max(blocked, view.shows("red"), view.shows("yellow"))
         return blocked if self.template == "stop" else 2 - blocked
@@ -402,7 +428,7 @@ class Question(namedtuple("Question", "template first second")):
         return self.template in ("straight", "turn", "stop")
 
     def ways(self):
-        """The places that must be free of near road users."""
+        """The places that nothing may block."""
         if self.template in ("straight", "stop"):
             return ("ahead",)
         if self.template == "turn":
@@ -442,9 +468,9 @@ class Question(namedtuple("Question", "template first second")):
         if self.obeys_light() and view.light in COLOURS and blocked == (view.light != "green"):
             causes.append(light_words(view))
         if not blocked:
-            return " and ".join(causes + ["nothing is near " + " or ".join(AT[place] for place in self.ways())])
-        blockers = [o for place in self.ways() for o in view.certain(None, place, near=True)]
-        causes += [f"{article(NOUNS[o.category][0])} is near {AT[o.place]}" for o in blockers[:1]]
+            return " and ".join(causes + ["nothing blocks the " + " or the ".join(SIDE[p] for p in self.ways())])
+        blockers = [(o, place) for place in self.ways() for o in view.objects if blocks(o, place) == TRUE]
+        causes += [f"{article(NOUNS[o.category][0])} blocks the {SIDE[place]}" for o, place in blockers[:1]]
         return " and ".join(causes)
 
     def words(self, rng, paraphrase=None):
@@ -501,7 +527,7 @@ def vocabulary():
     texts = [form for template in TEMPLATES.values() for form in template.paraphrases]
     for group in (DESCRIPTIONS, NOUNS, COLOUR_WORDS, PLACE_WORDS):
         texts += [text for forms in group.values() for text in forms]
-    texts += [*SIDE.values(), "a an no one is and or , : ? near far on the left right ahead in view nothing light the"]
+    texts += [*SIDE.values(), "a an no one is and or , : ? near far on in view nothing blocks light the"]
     return sorted({word for text in texts for word in re.sub(r"\{\w+\}", " ", text).split()})
 
 
@@ -509,12 +535,16 @@ def vocabulary():
 
 _CATEGORY = {NOUNS[category][0]: category for category in CATEGORIES}
 _PLACE = {AT[place]: place for place in PLACES}
+_WAY = {SIDE[place]: place for place in PLACES}
 _NOUN = "|".join([*_CATEGORY, *LIGHTS])
 _AT = "|".join(_PLACE)
-# One clause: the colour of the light, or that nothing is there or near, or that an object is there or is not.
+_SIDE = "|".join(_WAY)
+# One clause: the colour of the light, or who or that nothing blocks a way, or that nothing is there, or that an object
+# is there or is not.
 _CLAUSE = re.compile("|".join((
     "the light is (?P<colour>red|yellow|green)",
-    f"nothing(?: is)? (?:in view|(?P<empty>{_AT})|near (?P<free>(?:{_AT})(?: or (?:{_AT}))*))",
+    f"(?:nothing|an? (?P<blocker>{'|'.join(_CATEGORY)})) blocks the (?P<ways>(?:{_SIDE})(?: or the (?:{_SIDE}))*)",
+    f"nothing (?:in view|(?P<empty>{_AT}))",
     f"(?:(?:an?|(?P<no>no)) (?P<noun>{_NOUN}|light)(?: is)?|one is)(?: (?P<near>near|far))?(?: (?P<at>{_AT}|in view))?",
 )))
 
@@ -541,8 +571,10 @@ def _truth_of_clause(parts, noun, view):
     """parts: match of _CLAUSE; noun: the one that the clause names, or that "one" stands for."""
     if parts["colour"]:
         return view.shows(parts["colour"])
-    if parts["free"]:
-        return min(2 - view.exists(None, _PLACE[at], near=True) for at in parts["free"].split(" or "))
+    if parts["ways"]:
+        ways = [_WAY[side] for side in parts["ways"].split(" or the ")]
+        blocked = max(view.blocked(way, _CATEGORY.get(parts["blocker"])) for way in ways)
+        return blocked if parts["blocker"] else 2 - blocked
     if parts[0].startswith("nothing"):
         return FALSE if view.seen(_PLACE.get(parts["empty"])) else TRUE
     near = {"near": True, "far": False}.get(parts["near"])

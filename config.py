@@ -44,12 +44,15 @@ val_is_test = False           # bdd100k: its own val folder is the test split; i
 max_complexity = 0            # drop frames with more labelled objects than this; 0 keeps all
 
 # ---- commands: the numbers in the rules behind every answer; prepare.py must run again after a change ----
-min_pixels = 10.0             # an object counts as seen if both sides of its box have so many pixels
+min_pixels = 8.0              # an object counts as seen if both sides of its box have so many pixels
 min_visible = 0.35            # ... and if nearer boxes leave this share of its box uncovered
 place_margin = 0.03           # a box centre this close to a border between thirds (share of width) is ambiguous
-near_line = 0.72              # an object is near if the lower edge of its box is below this share of the height
-near_height = 0.20            # what hangs (lights, signs) is near if its box is higher than this share
-near_margin = 0.03            # an edge or a height this close to those two numbers is ambiguous
+maybe_share = 0.15            # some would say that an object is at a third of which its box covers more than this share
+block_share = 0.5             # a near road user that covers more of a third leaves no room there: it blocks it
+near_line = 0.72              # an object is near if the lower edge of its box is below this share of the height ...
+far_line = 0.63               # ... and far if it is above this one; between them, some 9 to 15 metres, it may be either
+near_height = 0.23            # what hangs (lights, signs) is near if its box is higher than this share ...
+far_height = 0.17             # ... and far if it is lower than this one
 commands_stored = 20          # questions stored for each picture, half of them YES; descriptions come on top
 max_describe = 4              # a description lists at most this many objects, nearest first
 min_cell = 4                  # a question needs so many YES and so many NO in a split, or is dropped from it
@@ -153,8 +156,8 @@ PRESETS = {
                  text_ffn_dim=1024, batch_size=64, lr=1e-3, lr_projection=5e-4, lr_vision=5e-4, see_pictures=160_000,
                  read_pictures=224_000, warmup_pictures=6_400, eval_every=32_000, out_dir="out/base",
                  data_dir="data_base"),
-    # python ablate.py: a run takes a minute or two on one core, so that many fit; scenes hold at most two objects.
-    "ablation": dict(image_size=48, patch_size=8, stem_width=16, min_pixels=10.0, max_complexity=2, num_scenes=40000,
+    # python ablate.py: a run takes a minute or two on one core, so that many fit; scenes hold at most four objects.
+    "ablation": dict(image_size=48, patch_size=8, stem_width=16, min_pixels=6.0, max_complexity=4, num_scenes=24000,
                      num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2, vision_ffn_dim=128,
                      text_dim=64, text_layers=2, text_heads=4, text_ffn_dim=128, row_tokens=64,
                      descriptions_per_image=1, see_pictures=14_400, read_pictures=11_200, warmup_pictures=800, lr=8e-3,
@@ -182,10 +185,12 @@ KINDS = (
         lora_rank eval_items early_stopping"""),
     ("a whole number, -1 or above", int, -1, MOST, "freeze_pictures"),
     ("a number above 0", float, LEAST, MOST, """
-        near_line near_height rope_theta lr lr_projection lr_vision eps answer_weight yes_weight"""),
+        near_line far_line near_height far_height rope_theta lr lr_projection lr_vision eps answer_weight
+        yes_weight"""),
     ("a number, 0 or above", float, 0, MOST, """
         min_pixels tag_weight weight_decay grad_clip focal_gamma entropy_weight contrast_weight"""),
-    ("a number from 0 to 1", float, 0, 1, "max_bad_share min_visible place_margin near_margin min_lr flip"),
+    ("a number from 0 to 1", float, 0, 1, """
+        max_bad_share min_visible place_margin maybe_share block_share min_lr flip"""),
     ("a number from 0 to below 1", float, 0, 1 - 1e-9, "dropout beta1 beta2 crop jitter label_smoothing"),
     ("True or False", bool, None, None, """
         keep_undefined val_is_test tensorboard resume bench lr_range robustness page"""),
@@ -280,6 +285,9 @@ def check(cfg):
             raise UserError(message)
     for name in SETTINGS:
         setattr(cfg, name, typed(name, getattr(cfg, name)))
+    for near, far in (("near_line", "far_line"), ("near_height", "far_height")):
+        need(getattr(cfg, far) <= getattr(cfg, near),
+             f"{far}={getattr(cfg, far)} is above {near}={getattr(cfg, near)}: nothing can be both near and far")
     need(cfg.image_size % cfg.patch_size == 0,
          f"image_size={cfg.image_size} is not a multiple of patch_size={cfg.patch_size}; try image_size="
          f"{max(cfg.image_size // cfg.patch_size, 1) * cfg.patch_size}")

@@ -1165,6 +1165,8 @@ def parts(question, view):
             found += [Question("light", colour, "") for colour in commands.COLOURS]
     elif template == "clear":
         found = [Question("exists_at", category, question.side) for category in commands.ROAD_USERS]
+        # What blocks a side may have its centre elsewhere. Whether it is at that side is unsure then; it must be seen.
+        found += [simplest(c) for c in commands.ROAD_USERS if view.blocked(question.side, c) == TRUE]
     return [q for q in found if q.truth(view) != UNSURE]
 
 

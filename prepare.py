@@ -33,10 +33,11 @@ import time
 import zlib
 from array import array
 from collections import Counter, namedtuple
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
 import commands
 import config
@@ -60,39 +61,52 @@ EDGES = ("x1", "y1", "x2", "y2")
 
 # ---- scenes: sampling ----
 
-Kind = namedtuple("Kind", "width height length heights chance categories")
-# width, height: in metres, seen from behind; length: width seen from the side, None for what looks alike from all sides
-# heights: range of the lower edge above the road, for what hangs; chance: to be in a scene; categories: of its labels
-# Signal heads and signs are drawn larger than life, so that their colours can be read at 128 pixels.
+Kind = namedtuple("Kind", "width height length heights chance stands categories")
+# width, height: in metres, seen from behind; length: along its way, None for what looks alike from all sides
+# heights: range of the lower edge above the road, for what hangs; chance: to be in a scene; stands: where it may be,
+# see sample_object and strips; categories: of its labels
+# People, signal heads and signs are drawn broader than life, so that they can be told at 128 pixels.
+VEHICLE = ("ours", "ours", "oncoming", "parked", "crossing")
+TWO_WHEELS = ("ours", "oncoming", "crossing", "pavement")
 KINDS = {
-    "car": Kind(1.8, 1.5, 4.2, None, 0.55, ("car",)),
-    "truck": Kind(2.5, 3.1, 6.0, None, 0.33, ("truck",)),
-    "bus": Kind(2.6, 3.2, 7.5, None, 0.33, ("bus",)),
-    "pedestrian": Kind(0.75, 1.75, None, None, 0.45, ("pedestrian",)),
-    "bicycle": Kind(0.75, 1.1, 1.75, None, 0.28, ("bicycle",)),
-    "motorcycle": Kind(0.85, 1.25, 2.0, None, 0.28, ("motorcycle",)),
-    "cyclist": Kind(0.8, 1.8, 1.75, None, 0.18, ("rider", "bicycle")),
-    "motorcyclist": Kind(0.9, 1.75, 2.0, None, 0.14, ("rider", "motorcycle")),
-    "light": Kind(0.95, 2.1, None, (2.9, 4.4), 0.65, ("traffic light",)),
-    "sign": Kind(1.0, 1.0, None, (1.9, 3.0), 0.42, ("traffic sign",)),
+    "car": Kind(1.8, 1.5, 4.2, None, 0.55, VEHICLE, ("car",)),
+    "truck": Kind(2.5, 3.1, 6.0, None, 0.33, VEHICLE, ("truck",)),
+    "bus": Kind(2.6, 3.2, 7.5, None, 0.33, VEHICLE, ("bus",)),
+    "pedestrian": Kind(0.8, 1.75, None, None, 0.45, ("pavement", "crossing", "ours"), ("pedestrian",)),
+    "bicycle": Kind(0.8, 1.1, 1.75, None, 0.28, TWO_WHEELS, ("bicycle",)),
+    "motorcycle": Kind(0.9, 1.25, 2.0, None, 0.28, TWO_WHEELS, ("motorcycle",)),
+    "cyclist": Kind(0.8, 1.8, 1.75, None, 0.18, TWO_WHEELS, ("rider", "bicycle")),
+    "motorcyclist": Kind(0.9, 1.75, 2.0, None, 0.14, TWO_WHEELS, ("rider", "motorcycle")),
+    "light": Kind(1.2, 1.6, None, (2.6, 4.2), 0.65, ("anywhere",), ("traffic light",)),
+    "sign": Kind(1.2, 1.1, None, (1.9, 3.0), 0.42, ("kerb", "kerb", "anywhere"), ("traffic sign",)),
 }
+FLANKED = ("car", "truck", "bus")      # seen from behind or from the front, these also show the side that is nearer
 # The kind to draw for a category, where it has another name.
 KIND_OF = {"traffic light": "light", "traffic sign": "sign", "rider": "cyclist"}
-# How often an object is seen from where. From behind, a narrow one is hard to tell from a post.
-FACINGS = ("side", "rear", "rear", "front")
-NARROW_FACINGS = dict.fromkeys(("bicycle", "cyclist", "motorcycle"), ("side", "side", "rear"))
-PAINTS = ((188, 32, 38), (32, 64, 160), (236, 236, 232), (30, 30, 34), (150, 154, 160), (222, 178, 40), (34, 110, 70),
-          (200, 96, 30), (96, 60, 44), (90, 150, 200))
-CLOTHES = PAINTS + ((230, 120, 160), (120, 60, 140), (60, 190, 180))
-SKINS = ((244, 206, 178), (214, 160, 120), (150, 100, 70), (92, 60, 44))
-Scenery = namedtuple("Scenery", "half_road ground houses heights")
-# half_road: range of half the road's width in metres; ground: its colour; houses: how often a plot has one;
-# heights: range of theirs in metres
+
+
+def colours(codes):
+    """The colours of hexadecimal codes, separated by spaces."""
+    return [ImageColor.getrgb(code) for code in codes.split()]
+
+
+# Most vehicles are white, black, grey or silver.
+PAINTS = colours("#e4e4e2 #ecece8 #1e1e22 #141416 #969aa0 #b0b2b6 #6e7278 #464a50 #2c3242 #1c2c64 #8c1c22 #bc2026 "
+                 "#deb228 #28503c #968870 #5a82b4")
+CLOTHES = colours("#18181c #282a32 #1e2846 #5a5c60 #3c322c #969696 #c8c8c8 #96282c #46648c #dcc83c")
+# Few heads are dark, or seen from behind.
+HEADS = 9 * commands.COLOURS + ("none", "back")
+SKINS = colours("#f4ceb2 #d6a078 #966446 #5c3c2c")
+Scenery = namedtuple("Scenery", "ours oncoming parking ground houses heights")
+# ours, oncoming: how many lanes; parking: width of the row of parked cars on each side, in metres; ground: its colour;
+# houses: how often a plot has one; heights: range of theirs in metres
 SCENERY = {
-    "city street": Scenery((4.5, 7), (150, 146, 140), 0.9, (5, 18)),
-    "highway": Scenery((6, 9), (112, 128, 84), 0.12, (4, 7)),
-    "residential": Scenery((3.2, 4.5), (104, 136, 76), 0.55, (4, 7)),
+    "city street": Scenery((2, 3), (0, 1, 2), 2.3, (150, 146, 140), 0.9, (6, 30)),
+    "highway": Scenery((3, 4), (0,), 0.0, (112, 128, 84), 0.12, (4, 9)),
+    "residential": Scenery((1,), (1,), 2.3, (104, 136, 76), 0.6, (4, 8)),
 }
+LANE = 3.4             # width of a lane in metres
+SQUEEZE = 16 / 9       # a dashcam's frame is so much wider than high; stored as a square, all is squeezed to narrower
 
 
 def filters_of(cfg, known):
@@ -115,24 +129,35 @@ def sample_scene(name, cfg):
     # Where the filters keep everything, nothing is outside, and the scenes of both sets are alike.
     weather, timeofday = rng.choice(outside if outside and name.startswith("ood") else inside)
     scene = rng.choice([scene for scene in SCENES if scene in kept["scene"]])
+    about = SCENERY[scene]
+    ours = rng.choice(about.ours)
+    oncoming = rng.choice(about.oncoming)
+    lane = rng.randrange(ours)                                   # the camera's, counted from the yellow line
     spec = dict(
         name=name,
         seed=rng.randrange(2**31),
         weather=weather,
         timeofday=timeofday,
         scene=scene,
-        focal=rng.uniform(1.05, 1.28),                           # in picture widths
-        horizon=rng.uniform(0.40, 0.47),                         # in picture heights from the top
+        # The camera is fitted to the labels of 10,000 frames of BDD100K: there, the lower edge of a car's box lies at
+        # 0.476 + 1.08 times its width, in shares of the picture.
+        focal=rng.uniform(0.95, 1.15),                           # in picture widths
+        horizon=rng.uniform(0.44, 0.51),                         # in picture heights from the top
         centre=rng.uniform(0.45, 0.55),                          # where "straight ahead" is, in picture widths
-        height=rng.uniform(1.3, 1.6),                            # of the camera
-        half_road=rng.uniform(*SCENERY[scene].half_road),
-        shift=rng.uniform(-1.5, 1.5),                            # from the camera to the middle of the road
-        lanes=rng.choice((2, 3, 4)),
-        crosswalk=rng.choice((0, 0, rng.uniform(5, 12))),        # its distance; 0 = there is none
+        height=rng.uniform(1.1, 1.4),                            # of the camera
+        bonnet=max(0.0, rng.uniform(-0.08, 0.18)),               # of the camera's car, in picture heights; 0 = unseen
+        left=-LANE * (lane + 0.5 + oncoming) - about.parking,    # x of the edges of the road; the camera's is 0
+        yellow=-LANE * (lane + 0.5),                             # x of the line between the lanes of both directions
+        right=LANE * (ours - lane - 0.5) + about.parking,
+        crosswalk=rng.choice((0, 0, rng.uniform(5, 16))),        # its distance; 0 = there is none
+        junction=rng.choice((0, rng.uniform(5, 25))),            # distance of a road that crosses; 0 = there is none
         sun=rng.choice((-1, 1)) * rng.uniform(0.2, 0.6),         # how far shadows lean, in widths of the object
-        noise=rng.uniform(0, 7),                                 # standard deviation, in grey levels of 255
-        blur=rng.choice((0, 0, 0.4, 0.6)),                       # in pixels
-        gain=rng.uniform(0.88, 1.1),
+        noise=rng.uniform(0, 4),                                 # standard deviation, in grey levels of 255
+        blur=rng.choice((0, rng.uniform(0, 1.0))),               # in pixels
+        gain=rng.uniform(0.8, 1.25),                             # exposure of the camera
+        gamma=rng.uniform(0.75, 1.7),                            # its contrast: above 1, dark things are darker
+        tint=[rng.uniform(0.75, 1.1), rng.uniform(0.88, 1.1), rng.uniform(0.82, 1.15)],
+        shade=rng.uniform(0.0, 0.7),                             # how uneven the light is
         objects=[])
     colour = rng.choice(commands.COLOURS)
     for kind, about in KINDS.items():
@@ -146,88 +171,153 @@ def sample_scene(name, cfg):
             if kind == "light" and o["colour"] in commands.COLOURS and rng.random() < 0.95:
                 o["colour"] = colour
             spec["objects"].append(o)
+    # Traffic farther away: in most streets there are many cars, and most of them are too small to count.
+    for _ in range(rng.choice((0, 0, 3, 6, 9))):
+        o = sample_object(rng, spec, "car", cfg, distances=(12, 70))
+        if o:
+            spec["objects"].append(o)
     return spec
 
 
-def sample_object(rng, spec, kind, cfg, place=None, near=None):
+def strips(spec, where):
+    """[(least x, largest x, facing)]: the strips along the street where an object may stand that is `where`.
+
+    Traffic keeps to the right: seen from behind on our side of the yellow line, from the front on the other side.
+    """
+    left, yellow, right = spec["left"], spec["yellow"], spec["right"]
+    parking = SCENERY[spec["scene"]].parking
+    if where == "ours":
+        return [(x - 0.4, x + 0.4, "rear") for x in lane_middles(yellow, right - parking)]
+    if where == "oncoming":
+        return [(x - 0.4, x + 0.4, "front") for x in lane_middles(left + parking, yellow)]
+    if where == "parked":
+        return [(left + 1.1, left + 1.3, "front"), (right - 1.3, right - 1.1, "rear")] if parking else []
+    if where == "pavement":
+        return [(left - 2.6, left - 0.5, "side"), (right + 0.5, right + 2.6, "side")]
+    if where == "kerb":
+        return [(left - 1.2, left - 0.7, "front"), (right + 0.7, right + 1.2, "front")]
+    # Across the whole street: at a crossing, or hung over the road
+    return [(left - 3, right + 3, "side")]
+
+
+def lane_middles(x1, x2):
+    """The middles of the lanes between x1 and x2."""
+    return [x1 + LANE * (i + 0.5) for i in range(round((x2 - x1) / LANE))]
+
+
+def sample_object(rng, spec, kind, cfg, place=None, near=None, distances=None):
     """A new object of `kind` that is clear of the others in `spec`, or None after a few tries.
 
-    place, near: where it must stand by the rules of commands.py; sampled when None.
+    place, near: where it must stand by the rules of commands.py; sampled when None. distances: the least and the
+    largest, instead of those that follow from `near`.
     """
     about = KINDS[kind]
     focal = spec["focal"]
     for _ in range(12):
-        facing = rng.choice(NARROW_FACINGS.get(kind, FACINGS)) if about.length else "front"
         scale = rng.uniform(0.9, 1.12)
-        width = (about.length if facing == "side" else about.width) * scale
+        width = about.width * scale
         height = about.height * scale
         y = rng.uniform(*about.heights) if about.heights else 0.0
-        # Nearer than z_near it counts as near (by its height if it hangs, by its lower edge on the road otherwise);
-        # farther than z_far it is too small to count.
+        # It counts as near up to z_near and as far from z_far on (by its height if it hangs, by its lower edge on the
+        # road otherwise); from z_seen on it is too small to count.
         if about.heights:
-            z_near = focal * height / cfg.near_height
+            reach = SQUEEZE * focal * height
+            z_near, z_far = reach / cfg.near_height, reach / cfg.far_height
         else:
-            z_near = focal * spec["height"] / (cfg.near_line - spec["horizon"])
-        z_far = focal * cfg.image_size * min(width, height) / cfg.min_pixels
+            reach = SQUEEZE * focal * spec["height"]
+            # No part of the road is above the horizon, wherever the lines are.
+            z_near, z_far = (reach / max(line - spec["horizon"], 0.01) for line in (cfg.near_line, cfg.far_line))
+        z_seen = focal * cfg.image_size * min(width, SQUEEZE * height) / cfg.min_pixels
         is_near = rng.random() < 0.42 if near is None else near
-        if is_near:
-            low, high = 0.62 * z_near, 0.97 * z_near
-        else:
-            low, high = 1.04 * z_near, max(0.92 * z_far, 1.3 * z_near)
-        # A few are too small to count, which makes questions about them ambiguous.
-        if near is None and rng.random() < 0.06:
-            low, high = z_far, 2 * z_far
+        # What is narrow is too small before it is certainly far.
+        low, high = (0.62 * z_near, z_near) if is_near else (min(z_far, 0.8 * z_seen), 0.95 * z_seen)
         if about.heights:
             # Nearer than that, what hangs is above the picture.
             low, high = max(low, 6.0), max(high, 7.0)
+        low, high = distances or (low, max(low, min(high, 30.0)))
         # Apparent size goes with 1 / z: even in the logarithm of z, large and small ones are equally frequent.
-        z = low * (min(high, 30.0) / low) ** rng.random() if high > low else low
-        # Its place in the picture is drawn first; its place on the road follows.
+        z = low * (high / low) ** rng.random()
+        where = rng.choice(about.stands)
+        if where == "crossing":
+            # Across the road: on a crosswalk, or on one of the two lanes of a road that crosses.
+            z_cross = spec["crosswalk"] + 1 if kind == "pedestrian" else spec["junction"] + rng.choice((1.8, 5.2))
+            if z_cross < 6 or (near is not None and near != (z_cross < z_near)):
+                where = about.stands[0]
+            else:
+                z = z_cross
+        # Its place in the picture is drawn first, then one of the strips that lie there.
         third = commands.PLACES.index(rng.choice(commands.PLACES) if place is None else place)
-        u = (third + rng.uniform(0.06, 0.94)) / 3
-        if kind == "light":
-            colour = rng.choice(commands.COLOURS + (rng.choice(("none", "back")),))
-        else:
-            colour = rng.choice(PAINTS)
+        # Vehicles may be cut by the edges of the picture.
+        beyond = 0.5 * width * focal / z if about.length else 0.0
+        borders = (0.02 - beyond, 1 / 3, 2 / 3, 0.98 + beyond)
+        least, largest = ((u - spec["centre"]) * z / focal for u in borders[third:third + 2])
+        there = [(max(least, a), min(largest, b), facing) for a, b, facing in strips(spec, where)
+                 if a < largest and b > least]
+        if not there:
+            continue
+        # A head whose lamps are cut off by the upper edge of the picture could not be read.
+        if about.heights and project(spec, 0, y + height, z)[1] < 0:
+            continue
+        x1, x2, facing = rng.choice(there)
+        x = rng.uniform(x1, x2)
+        colour = rng.choice(HEADS if kind == "light" else PAINTS)
         look = rng.randrange(2**31)
-        # Few heads are dark or seen from behind.
-        if rng.random() < 0.9 and colour in ("none", "back"):
-            colour = rng.choice(commands.COLOURS)
-        x = (u - spec["centre"]) * z / focal
-        o = dict(kind=kind, x=x, y=y, z=z, w=width, h=height, facing=facing, colour=colour, look=look)
-        if all(clear_of(o, other, spec) for other in spec["objects"]):
+        # What stands across the road shows its length. How far the others reach away from the camera matters for those
+        # whose flank is drawn.
+        length = about.length * scale if about.length else width
+        depth = length if kind in FLANKED and facing != "side" else 0.0
+        if facing == "side":
+            width = length
+        o = dict(kind=kind, x=x, y=y, z=z, w=width, h=height, d=depth, facing=facing, colour=colour, look=look)
+        if is_clear(o, spec):
             return o
     return None
 
 
-def clear_of(o, other, spec):
-    """Whether two objects do not stand in each other, and neither hides half of the other."""
-    across = abs(o["x"] - other["x"]) <= (o["w"] + other["w"]) / 2
-    along = abs(o["z"] - other["z"]) <= 1.2
-    if across and along and (o["y"] > 0) == (other["y"] > 0):
-        return False
-    a = clipped(object_box(spec, o))
-    b = clipped(object_box(spec, other))
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return width <= 0 or height <= 0 or width * height < 0.5 * min(area(a), area(b))
+def is_clear(o, spec):
+    """Whether a new object stands in none of the scene's, and neither hides half of the other."""
+    own = clipped(object_box(spec, o))
+    for other in spec["objects"]:
+        across = abs(o["x"] - other["x"]) <= (o["w"] + other["w"]) / 2
+        along = o["z"] < other["z"] + other["d"] + 1.2 and other["z"] < o["z"] + o["d"] + 1.2
+        if across and along and (o["y"] > 0) == (other["y"] > 0):
+            return False
+        box = clipped(object_box(spec, other))
+        width = min(own[2], box[2]) - max(own[0], box[0])
+        height = min(own[3], box[3]) - max(own[1], box[1])
+        if width > 0 and height > 0 and width * height >= 0.5 * min(area(own), area(box)):
+            return False
+    return True
 
 
 def project(spec, x, y, z):
-    """Picture coordinates in [0, 1] of the point (x, y, z): pinhole camera at spec["height"] looking ahead."""
-    return spec["centre"] + spec["focal"] * x / z, spec["horizon"] + spec["focal"] * (spec["height"] - y) / z
+    """Picture coordinates in [0, 1] of the point (x, y, z): pinhole camera at spec["height"] looking ahead.
+
+    The picture is a wide frame squeezed into a square, as BDD100K's are when they are stored.
+    """
+    return spec["centre"] + spec["focal"] * x / z, spec["horizon"] + SQUEEZE * spec["focal"] * (spec["height"] - y) / z
 
 
-def object_box(spec, o):
-    """(x1, y1, x2, y2) of an object in shares of the picture, not clipped."""
-    x1, y2 = project(spec, o["x"] - o["w"] / 2, o["y"], o["z"])
-    x2, y1 = project(spec, o["x"] + o["w"] / 2, o["y"] + o["h"], o["z"])
+def face_box(spec, o, z):
+    """(x1, y1, x2, y2) of the face of an object at the distance z, in shares of the picture, not clipped."""
+    x1, y2 = project(spec, o["x"] - o["w"] / 2, o["y"], z)
+    x2, y1 = project(spec, o["x"] + o["w"] / 2, o["y"] + o["h"], z)
     return x1, y1, x2, y2
 
 
-def clipped(box):
-    """A box cut at the borders of the picture."""
-    return [min(max(v, 0.0), 1.0) for v in box]
+def object_box(spec, o):
+    """(x1, y1, x2, y2) of an object in shares of the picture, not clipped: of its near and its far face together."""
+    near = face_box(spec, o, o["z"])
+    if not o["d"]:
+        return near
+    far = face_box(spec, o, o["z"] + o["d"])
+    return min(near[0], far[0]), min(near[1], far[1]), max(near[2], far[2]), max(near[3], far[3])
+
+
+def clipped(box, bottom=1.0):
+    """A box cut at the borders of the picture, and at `bottom`."""
+    x1, y1, x2, y2 = box
+    return max(0.0, min(x1, 1.0)), max(0.0, min(y1, bottom)), max(0.0, min(x2, 1.0)), max(0.0, min(y2, bottom))
 
 
 def area(box):
@@ -242,7 +332,7 @@ def part_boxes(o, box):
     x1, y1, x2, y2 = box
     inset = 0.18 * (x2 - x1) if o["facing"] == "side" else 0
     # The two boxes overlap, as they do in BDD100K.
-    person = (x1 + inset, y1, x2 - inset, y1 + 0.78 * (y2 - y1))
+    person = (x1 + inset, y1, x2 - inset, y1 + 0.9 * (y2 - y1))
     vehicle = (x1, y1 + 0.40 * (y2 - y1), x2, y2)
     return list(zip(categories, (person, vehicle)))
 
@@ -253,7 +343,7 @@ def scene_frame(spec, cfg):
     labels = []
     for o in sorted(spec["objects"], key=lambda o: -o["z"]):
         for category, box in part_boxes(o, object_box(spec, o)):
-            inside = clipped(box)
+            inside = clipped(box, 1 - spec["bonnet"])
             share = area(inside) / area(box)
             # No annotator would draw a box around what has nearly left the picture.
             if share < 0.15 or min(inside[2] - inside[0], inside[3] - inside[1]) * size < 2:
@@ -269,12 +359,20 @@ def scene_frame(spec, cfg):
 # ---- scenes: drawing ----
 
 class Brush:
-    """ImageDraw in shares of the picture or of a box, with haze by distance."""
+    """ImageDraw in shares of the picture or of a box, in the light of the hour and with haze by distance.
 
-    def __init__(self, image, haze):
+    panel and ground draw in metres, what stands upright and what lies on the ground.
+    """
+
+    def __init__(self, image, spec):
         self.draw = ImageDraw.Draw(image)
+        self.haze_draw = ImageDraw.Draw(image, "RGBA")           # mixes its colours with what is there
         self.size = image.size[0]
-        self.haze = haze
+        self.spec = spec
+        self.haze = HAZE[spec["weather"]]
+        self.light, self.air = HOURS[spec["timeofday"]]
+        if spec["weather"] != "clear":
+            self.air = [air * part for air, part in zip(AIR, self.light)]
         self.within((0.0, 0.0, 1.0, 1.0), 0.0)
 
     def within(self, box, z):
@@ -288,8 +386,18 @@ class Brush:
         return [((x1 + u * (x2 - x1)) * self.size, (y1 + v * (y2 - y1)) * self.size) for u, v in points]
 
     def tint(self, colour, shade):
-        clear = 1 - self.blend
-        return tuple([int(min(255, c * shade) * clear + air * self.blend) for c, air in zip(colour, AIR)])
+        # Lamps and lit windows shine by themselves, whatever the hour.
+        light = FULL_LIGHT if tuple(colour) in SHINING else self.light
+        clear = shade * (1 - self.blend)
+        return tuple([int(c * part * clear + air * self.blend) for c, part, air in zip(colour, light, self.air)])
+
+    def fade(self, v1, v2, z):
+        """Cover the rows from v1 to v2 of the picture with the haze of distance z."""
+        self.within((0.0, 0.0, 1.0, 1.0), z)
+        air = tuple(map(int, self.air)) + (int(255 * self.blend),)
+        top, bottom = round(v1 * self.size), round(v2 * self.size)
+        if top < bottom:
+            self.haze_draw.rectangle((0, top, self.size, bottom - 1), air)
 
     def poly(self, points, colour, shade=1.0):
         self.draw.polygon(self.points(points), self.tint(colour, shade))
@@ -313,24 +421,44 @@ class Brush:
         thick = max(1, round(width * (self.frame[3] - self.frame[1]) * self.size))
         self.draw.line(self.points(points), self.tint(colour, shade), thick)
 
+    def panel(self, xs, low, high, zs, colour, shade=1.0):
+        """An upright rectangle from low to high between two verticals, each with its x and z."""
+        (u1, _), (u2, _) = lower = [project(self.spec, x, low, z) for x, z in zip(xs, zs)]
+        # What lies outside the picture or is narrower than a pixel is not drawn.
+        if max(u1, u2) < 0 or min(u1, u2) > 1 or abs(u1 - u2) < 1 / self.size:
+            return
+        self.within(self.frame, (zs[0] + zs[1]) / 2)
+        upper = [project(self.spec, x, high, z) for x, z in zip(xs, zs)]
+        self.poly(lower + upper[::-1], colour, shade)
 
+    def ground(self, x1, x2, z1, z2, colour):
+        """A rectangle on the ground, between x1 and x2 and between the distances z1 and z2."""
+        self.poly([project(self.spec, x, 0, z) for x, z in ((x1, z1), (x2, z1), (x2, z2), (x1, z2))], colour)
+
+
+FULL_LIGHT = (1.0, 1.0, 1.0)
 AIR = (206, 212, 218)
-DARK = (24, 24, 28)
-GLASS = (58, 74, 92)
-TYRE = (22, 22, 24)
-METAL = (120, 122, 126)
-WHITE = (244, 244, 240)
-RED_LAMP = (235, 40, 30)
-WHITE_LAMP = (255, 250, 214)
-SIGN_RED = (208, 28, 36)
-WALLS = ((176, 140, 116), (160, 160, 166), (196, 184, 160), (130, 96, 84), (206, 206, 200), (110, 120, 134))
-WINDOW = (70, 86, 104)
-SKIES = ((70, 130, 210), (96, 156, 226), (120, 170, 230))
-CROWNS = ((52, 106, 48), (76, 128, 54), (40, 86, 56))
-SNOW = (232, 234, 238)
+# What each hour leaves of red, green and blue, and the colour of a clear sky at the horizon.
+HOURS = {
+    "daytime": (FULL_LIGHT, AIR),
+    "dawn/dusk": ((0.62, 0.52, 0.54), (222, 150, 104)),
+    "night": ((0.24, 0.25, 0.33), (38, 38, 50)),
+}
+# How fast things vanish with distance, for each metre.
+HAZE = {"clear": 0.002, "overcast": 0.004, "rainy": 0.015, "foggy": 0.07, "snowy": 0.02}
+DARK, GLASS, TYRE, METAL, WHITE = colours("#18181c #262e38 #161618 #787a7e #f4f4f0")
+RED_LAMP, WHITE_LAMP, SIGN_RED = colours("#eb281e #fffad6 #d01c24")
+WALLS = colours("#b08c74 #a0a0a6 #c4b8a0 #826054 #cecec8 #6e7886")
+WINDOW, LIT_WINDOW, SNOW = colours("#465668 #face78 #e8eaee")
+ROUTE = (255, 176, 40)         # the sign of a bus that shows its route
+LAMPS = dict(zip(commands.COLOURS, colours("#ff241e #ffc814 #1eeb6e")))
+SHINING = {RED_LAMP, WHITE_LAMP, LIT_WINDOW, ROUTE, *LAMPS.values()}
+SKIES = {"clear": colours("#3c78cd #609ce2 #78aae6 #becede"), "overcast": colours("#b0b4ba"),
+         "rainy": colours("#787e86"), "foggy": [AIR], "snowy": colours("#bec2c8")}
+CROWNS = colours("#346a30 #4c8036 #285638")
 
 # Each draw function gets a Brush that is within the object's box, the object, and the object's own generator. Nothing
-# is drawn that would be smaller than a pixel at 128 x 128 for most objects: no plates, door lines or stripes.
+# is drawn that would be smaller than a pixel at 128 x 128 for most objects.
 
 
 def lamp_of(o):
@@ -369,17 +497,19 @@ def draw_car(b, o, rng):
         b.rect(0, 0.70, 1, 0.84, paint, 0.6)
         wheels(b, 0.10, 0.66, (0.20, 0.80))
         return
-    b.trapezoid((0.20, 0.80, 0), (0.05, 0.95, cabin + 0.06), paint, 0.85)
-    b.trapezoid((0.24, 0.76, 0.06), (0.14, 0.86, cabin), GLASS)
+    roof = rng.uniform(0.06, 0.22)                               # how far the roof is from the sides: little on a van
+    b.trapezoid((roof, 1 - roof, 0), (0.04, 0.96, cabin + 0.06), paint, 0.85)
+    b.trapezoid((roof + 0.05, 0.95 - roof, 0.06), (0.13, 0.87, cabin), GLASS)
     b.rect(0, cabin, 1, 0.86, paint)
     tyres(b, 0.80)
-    b.rect(0, 0.74, 1, 0.87, paint, 0.6)
-    lamps(b, o, cabin + 0.10, cabin + 0.22)
+    b.rect(0, 0.72, 1, 0.88, paint, 0.5)
+    b.rect(0.38, 0.64, 0.62, 0.73, WHITE, 0.8)                   # the plate
+    lamps(b, o, cabin + 0.08, cabin + 0.22)
 
 
 def draw_truck(b, o, rng):
-    paint = o["colour"]
-    cargo = rng.choice(((232, 232, 228), (196, 188, 170), (140, 150, 160), paint))
+    cargo = o["colour"]
+    paint = rng.choice(PAINTS)                                   # of the cab
     if o["facing"] == "side":
         b.rect(0, 0, 0.74, 0.84, cargo)
         b.trapezoid((0.76, 0.92, 0.30), (0.76, 1, 0.56), paint)
@@ -404,17 +534,16 @@ def draw_truck(b, o, rng):
 
 def draw_bus(b, o, rng):
     paint = o["colour"]
-    route = (255, 176, 40)                                       # the sign that shows the route
     b.rect(0, 0, 1, 0.90, paint)
     b.rect(0, 0.63, 1, 0.70, WHITE)
     if o["facing"] == "side":
         for left in (0.02, 0.22, 0.42, 0.62, 0.82):
             b.rect(left, 0.16, left + 0.17, 0.50, GLASS, 1.25)
-        b.rect(0.62, 0.04, 0.92, 0.12, route)
+        b.rect(0.62, 0.04, 0.92, 0.12, ROUTE)
         wheels(b, 0.06, 0.78, (0.18, 0.80))
         return
     b.rect(0.14, 0.03, 0.86, 0.13, DARK)
-    b.rect(0.20, 0.05, 0.80, 0.11, route)
+    b.rect(0.20, 0.05, 0.80, 0.11, ROUTE)
     b.rect(0.06, 0.17, 0.94, 0.56, GLASS, 1.25)
     lamps(b, o, 0.75, 0.83)
     tyres(b, 0.88)
@@ -433,17 +562,15 @@ def draw_pedestrian(b, o, rng):
     b.oval(0.31, 0, 0.69, 0.10, rng.choice(((40, 28, 20), (90, 60, 30), (180, 150, 90), (20, 20, 20))))
 
 
-def draw_narrow(b):
-    """What a bicycle and a motorcycle have in common from behind or from the front: handlebar and tyre."""
-    b.line([(0.04, 0.10), (0.96, 0.10)], METAL, 0.06)
-    b.rect(0.40, 0.42, 0.60, 1, TYRE)
-
-
 def draw_bicycle(b, o, rng):
     paint = o["colour"]
     if o["facing"] != "side":
-        draw_narrow(b)
-        b.line([(0.5, 0.10), (0.5, 0.60)], paint, 0.08)
+        b.rect(0.42, 0.36, 0.58, 1, TYRE)
+        b.line([(0.34, 0.16), (0.46, 0.68)], paint, 0.05)
+        b.line([(0.66, 0.16), (0.54, 0.68)], paint, 0.05)
+        b.line([(0.02, 0.14), (0.10, 0.07), (0.90, 0.07), (0.98, 0.14)], METAL, 0.05)
+        b.oval(0.30, 0.08, 0.70, 0.22, DARK)                     # the saddle
+        b.line([(0.18, 0.74), (0.82, 0.74)], METAL, 0.05)        # the pedals
         return
     hub = (0.19, 0.71)
     front = (0.81, 0.71)
@@ -460,9 +587,13 @@ def draw_bicycle(b, o, rng):
 def draw_motorcycle(b, o, rng):
     paint = o["colour"]
     if o["facing"] != "side":
-        draw_narrow(b)
-        b.trapezoid((0.22, 0.78, 0.22), (0.34, 0.66, 0.72), paint)
-        b.oval(0.38, 0.26, 0.62, 0.46, lamp_of(o))
+        b.rect(0.34, 0.48, 0.66, 1, TYRE)
+        b.line([(0.06, 0.16), (0.94, 0.16)], METAL, 0.06)
+        for u in (0.0, 0.78):
+            b.oval(u, 0.0, u + 0.22, 0.13, DARK)                 # the mirrors
+        b.trapezoid((0.20, 0.80, 0.20), (0.30, 0.70, 0.70), paint)
+        b.rect(0.66, 0.66, 0.84, 0.80, METAL)                    # the exhaust
+        b.oval(0.36, 0.28, 0.64, 0.46, lamp_of(o))
         return
     for u in (0.17, 0.83):
         b.oval(u - 0.17, 0.48, u + 0.17, 1, TYRE, ring=0.24)
@@ -498,9 +629,6 @@ def draw_rider(b, o, rng):
     b.oval(0.31, 0, 0.69, 0.10, helmet)
 
 
-LAMPS = {"red": (255, 36, 30), "yellow": (255, 200, 20), "green": (30, 235, 110)}
-
-
 def draw_light(b, o, rng):
     b.rect(0, 0, 1, 1, (14, 14, 16))
     if o["colour"] == "back":
@@ -512,22 +640,15 @@ def draw_light(b, o, rng):
 
 
 def draw_sign(b, o, rng):
-    shape = rng.choice(("round", "no entry", "triangle", "diamond", "square"))
+    shape = rng.choice(("round", "triangle", "diamond"))
     if shape == "round":
         b.oval(0, 0, 1, 1, SIGN_RED)
         b.oval(0.16, 0.16, 0.84, 0.84, WHITE)
-    elif shape == "no entry":
-        b.oval(0, 0, 1, 1, SIGN_RED)
-        b.rect(0.16, 0.40, 0.84, 0.60, WHITE)
     elif shape == "triangle":
         b.trapezoid((0.5, 0.5, 0), (0, 1, 1), SIGN_RED)
         b.trapezoid((0.5, 0.5, 0.28), (0.20, 0.80, 0.88), WHITE)
-    elif shape == "diamond":
-        b.poly([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)], (246, 190, 30))
     else:
-        b.rect(0, 0, 1, 1, (28, 84, 170))
-        b.trapezoid((0.5, 0.5, 0.14), (0.20, 0.80, 0.50), WHITE)
-        b.rect(0.40, 0.50, 0.60, 0.86, WHITE)
+        b.poly([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)], (246, 190, 30))
 
 
 DRAW = {"car": draw_car, "truck": draw_truck, "bus": draw_bus, "pedestrian": draw_pedestrian, "bicycle": draw_bicycle,
@@ -537,66 +658,97 @@ DRAW = {"car": draw_car, "truck": draw_truck, "bus": draw_bus, "pedestrian": dra
 
 def draw_background(b, spec, rng):
     """Sky, ground, road with its markings, pavements, buildings and trees."""
-    clear = spec["weather"] == "clear"
     scenery = SCENERY[spec["scene"]]
     horizon = spec["horizon"]
-    zenith = rng.choice(SKIES) if clear else (168, 174, 182)
+    zenith = rng.choice(SKIES[spec["weather"]])
     # The lower the sky, the more air is in front of it.
     for k in range(8):
         b.blend = k / 8
         b.rect(0, horizon * k / 8, 1, horizon * (k + 1) / 8, zenith)
     b.blend = 0.0
-    for _ in range(rng.randrange(4) if clear else 0):
-        u = rng.uniform(0, 1)
-        v = rng.uniform(0.02, horizon * 0.6)
-        width = rng.uniform(0.08, 0.25)
-        b.oval(u, v, u + width, v + width * 0.28, (240, 244, 250))
-    ground = SNOW if spec["weather"] == "snowy" else scenery.ground
-    b.rect(0, horizon, 1, 1, ground, rng.uniform(0.9, 1.1))
+    b.rect(0, horizon, 1, 1, SNOW if spec["weather"] == "snowy" else scenery.ground, rng.uniform(0.9, 1.1))
     draw_road(b, spec, rng)
+    # The far ground vanishes in the air, row by row.
+    if spec["weather"] != "clear":
+        rows = [(1 - horizon) * (k / 24) ** 2 for k in range(25)]
+        for upper, lower in zip(rows, rows[1:]):
+            b.fade(horizon + upper, horizon + lower, SQUEEZE * spec["focal"] * spec["height"] / lower)
     for side in (-1, 1):
         # Plots along each side of the road, each with a house, a tree or nothing.
         z = rng.uniform(45, 70)
         # Far to near, so that near ones cover far ones.
         while z > 5:
             depth = rng.uniform(6, 16)
-            x = spec["shift"] + side * (spec["half_road"] + rng.uniform(3.2, 7))
+            x = (spec["right"] if side > 0 else spec["left"]) + side * rng.uniform(3, 6)
             if rng.random() < scenery.houses:
                 draw_building(b, spec, rng, x, side, max(z - depth, 4.0), z)
             elif rng.random() < 0.6:
                 draw_tree(b, spec, rng, x, max(z - depth / 2, 5.0))
             z -= depth + rng.uniform(0.5, 5)
+    # Shop fronts, fences, posts and wires: what lies along a street, as patches of every brightness
+    for _ in range(32):
+        side = rng.choice((-1, 1))
+        z = rng.uniform(8, 50)
+        x = (spec["right"] if side > 0 else spec["left"]) + side * rng.uniform(2.5, 5)
+        low = rng.choice((0, 0, rng.uniform(0, 6)))
+        tall = rng.uniform(0.5, 4)
+        grey = rng.uniform(10, 200)
+        colour = tuple(grey + rng.uniform(-30, 30) for _ in range(3))
+        b.panel((x, x + rng.uniform(0, 1)), low, low + tall, (z, z + rng.uniform(0.3, 6)), colour)
 
 
 def draw_road(b, spec, rng):
     highway = spec["scene"] == "highway"
     asphalt = rng.choice(((92, 92, 96), (108, 106, 104), (78, 80, 86)))
     if spec["weather"] == "snowy":
-        asphalt = [0.5 * c + 100 for c in asphalt]
+        asphalt = tuple(0.5 * c + 100 for c in asphalt)
+    elif spec["weather"] == "rainy":
+        asphalt = tuple(0.6 * c for c in asphalt)
     paint = (232, 232, 228)
-    left = spec["shift"] - spec["half_road"]
-    right = spec["shift"] + spec["half_road"]
-
-    def strip(x1, x2, z1, z2, colour):
-        """A rectangle on the ground, between x1 and x2 and between the distances z1 and z2."""
-        b.poly([project(spec, x, 0, z) for x, z in ((x1, z1), (x2, z1), (x2, z2), (x1, z2))], colour)
-
+    left, yellow, right = spec["left"], spec["yellow"], spec["right"]
+    parking = SCENERY[spec["scene"]].parking
     # The road covers the middle of this strip; what is left of it are the pavements.
     if not highway:
-        strip(left - 2.5, right + 2.5, 2, 120, (170, 166, 160))
-    strip(left, right, 2, 200, asphalt)
+        b.ground(left - 3, right + 3, 2, 120, SNOW if spec["weather"] == "snowy" else (170, 166, 160))
+    if spec["junction"]:
+        b.ground(-150, 150, spec["junction"], spec["junction"] + 7, asphalt)
+    b.ground(left, right, 2, 200, asphalt)
+    if spec["timeofday"] == "night":
+        # What the headlights of the camera's car light up
+        for reach, shade in ((30, 1.2), (24, 1.4), (18, 1.6), (13, 1.8)):
+            b.poly([project(spec, x, 0, z) for x, z in ((-3, 3), (3, 3), (4, reach), (-4, reach))], asphalt, shade)
     for edge in (left, right):
-        strip(edge - 0.12, edge + 0.12, 2, 120, paint if highway else (138, 134, 130))
-    for k in range(1, spec["lanes"]):
-        x = left + (right - left) * k / spec["lanes"]
-        if 2 * k == spec["lanes"] and not highway:
-            strip(x - 0.08, x + 0.08, 2, 120, (230, 190, 60))
-        else:
-            for z in range(3, 40, 5):
-                strip(x - 0.08, x + 0.08, z, z + 2.2, paint)
+        b.ground(edge - 0.12, edge + 0.12, 2, 120, paint if highway else (138, 134, 130))
+    b.ground(yellow - 0.1, yellow + 0.1, 2, 120, (230, 190, 60))
+    for low, high in ((left + parking, yellow), (yellow, right - parking)):
+        for x in lane_middles(low, high)[1:]:
+            for z in range(3, 28, 5):
+                b.ground(x - LANE / 2 - 0.08, x - LANE / 2 + 0.08, z, z + 2.2, paint)
     if spec["crosswalk"]:
-        for k in range(int(right - left)):
-            strip(left + k + 0.3, left + k + 0.8, spec["crosswalk"], spec["crosswalk"] + 2.2, paint)
+        for k in range(int((right - left) / 1.2)):
+            x = left + 1.2 * k + 0.3
+            b.ground(x, x + 0.6, spec["crosswalk"], spec["crosswalk"] + 2.5, paint)
+
+
+def draw_flank(b, spec, o):
+    """The side of a vehicle that the camera sees past its near face."""
+    # The side that is nearer to the camera's way; none if the vehicle stands in it.
+    x = min(max(0.0, o["x"] - o["w"] / 2), o["x"] + o["w"] / 2)
+
+    def panel(start, end, low, high, colour, shade):
+        zs = [o["z"] + share * o["d"] for share in (start, end)]
+        b.panel((x, x), low * o["h"], high * o["h"], zs, colour, shade)
+
+    if o["kind"] == "car":
+        panel(0.0, 0.8, 0.55, 1.0, o["colour"], 0.75)
+        panel(0.06, 0.75, 0.6, 0.92, GLASS, 0.8)
+        panel(0.0, 1.0, 0.15, 0.62, o["colour"], 0.75)
+    else:
+        panel(0.0, 1.0, 0.12, 1.0, o["colour"], 0.75)
+        if o["kind"] == "bus":
+            panel(0.03, 0.97, 0.48, 0.85, GLASS, 1.0)
+    for start in (0.14, 0.7):
+        panel(start, start + 0.16, 0.0, 0.3, TYRE, 1.0)
 
 
 def draw_building(b, spec, rng, x, side, z1, z2):
@@ -604,36 +756,54 @@ def draw_building(b, spec, rng, x, side, z1, z2):
     tall = rng.uniform(*SCENERY[spec["scene"]].heights)
     wall = rng.choice(WALLS)
 
-    def panel(xs, low, high, zs, colour, shade=1.0):
-        """An upright rectangle between two verticals, each with its x and z."""
-        lower, upper = ([project(spec, x, y, z) for x, z in zip(xs, zs)] for y in (low, high))
-        b.poly(lower + upper[::-1], colour, shade)
-
-    panel((x, x), 0, tall, (z1, z2), wall, 0.82)
-    panel((x, x + side * 14), 0, tall, (z1, z1), wall)
+    b.panel((x, x), 0, tall, (z1, z2), wall, 0.82)
+    b.panel((x, x + side * 14), 0, tall, (z1, z1), wall)
+    glass = LIT_WINDOW if spec["timeofday"] != "daytime" else WINDOW
     for low in range(1, int(tall) - 1, 3):
+        # What is higher is above the picture.
+        if low > spec["height"] + spec["horizon"] * z2 / (SQUEEZE * spec["focal"]):
+            break
         sill = low + 0.4
         lintel = low + 1.8
         for k in range(3):
             start = x + side * (1.2 + 3.2 * k)
-            panel((start, start + side * 1.6), sill, lintel, (z1, z1), WINDOW)
+            colour = rng.choice((WINDOW, glass))
+            b.panel((start, start + side * 1.6), sill, lintel, (z1, z1), colour)
         # Farther along the road a window would be narrower than a pixel.
         z = z1 + 1
-        while z + 1.2 < min(z2, 45):
-            panel((x, x), sill, lintel, (z, z + 1.2), WINDOW)
+        while z + 1.2 < min(z2, 30):
+            b.panel((x, x), sill, lintel, (z, z + 1.2), rng.choice((WINDOW, glass)))
             z += 3
 
 
 def draw_tree(b, spec, rng, x, z):
+    b.within(b.frame, z)
     u, v = project(spec, x, 0, z)
     metre = spec["focal"] / z                                    # in shares of the picture
+    up = SQUEEZE * metre
     crown = SNOW if spec["weather"] == "snowy" else rng.choice(CROWNS)
-    b.rect(u - 0.15 * metre, v - 3 * metre, u + 0.15 * metre, v, (92, 70, 50))
+    b.rect(u - 0.15 * metre, v - 3 * up, u + 0.15 * metre, v, (92, 70, 50))
     for _ in range(3):
-        middle = u + rng.uniform(-0.8, 0.8) * metre
-        height = v - rng.uniform(2.6, 4.6) * metre
-        r = rng.uniform(0.9, 1.5) * metre
-        b.oval(middle - r, height - r, middle + r, height + r, crown, rng.uniform(0.85, 1.15))
+        middle = u + rng.uniform(-1.2, 1.2) * metre
+        height = v - rng.uniform(2.6, 6) * up
+        r = rng.uniform(0.9, 2.2)
+        b.oval(middle - r * metre, height - r * up, middle + r * metre, height + r * up, crown, rng.uniform(0.7, 1.15))
+
+
+def draw_pole(b, spec, o):
+    """The pole at the kerb that carries a light or a sign, with an arm over the road where it hangs there."""
+    foot = o["x"] if o["x"] < spec["left"] else max(o["x"], spec["right"] + 0.5)
+    middle = o["y"] + o["h"] / 2
+    b.panel((foot - 0.07, foot + 0.07), 0, middle, (o["z"], o["z"]), METAL, 0.7)
+    b.panel((o["x"], foot), middle - 0.07, middle + 0.07, (o["z"], o["z"]), METAL, 0.7)
+
+
+def draw_bonnet(b, spec):
+    """The bonnet of the camera's own car at the lower edge of the picture."""
+    rng = random.Random(spec["seed"] + 1)
+    b.within((0, 0, 1, 1), 0.0)
+    top = 1 - spec["bonnet"]
+    b.oval(-0.25, top, 1.25, 1 + 2.5 * spec["bonnet"], rng.choice(PAINTS), rng.uniform(0.05, 0.9))
 
 
 def draw_scene(spec, size):
@@ -642,64 +812,92 @@ def draw_scene(spec, size):
     The background, each object and the noise draw from generators of their own (the spec's seed and each object's
     `look`), so editing one object leaves every other pixel as it was.
     """
-    haze = {"foggy": 0.055, "snowy": 0.02, "rainy": 0.015}.get(spec["weather"], 0.002)
     # Drawn at twice the size, then halved: that smooths the edges.
     image = Image.new("RGB", (size * 2, size * 2))
-    b = Brush(image, haze)
+    b = Brush(image, spec)
     draw_background(b, spec, random.Random(spec["seed"]))
     sunny = spec["weather"] == "clear" and spec["timeofday"] == "daytime"
     for o in sorted(spec["objects"], key=lambda o: -o["z"]):
-        box = object_box(spec, o)
+        box = face_box(spec, o, o["z"])
         x1, y1, x2, y2 = box
         width = x2 - x1
+        b.within((0, 0, 1, 1), o["z"])
         # What hangs has a pole; what stands in the sun has a shadow.
         if o["y"] > 0:
-            b.within((0, 0, 1, 1), o["z"])
-            u, foot = project(spec, o["x"], 0, o["z"])
-            half = 0.06 * spec["focal"] / o["z"]
-            b.rect(u - half, y2, u + half, foot, (84, 86, 90))
+            draw_pole(b, spec, o)
         elif sunny:
-            b.within((0, 0, 1, 1), 0.0)
+            b.blend = 0.0
             lean = spec["sun"] * width
             flat = 0.10 * width + 0.01
             left = x1 + min(lean, 0) + 0.05 * width
             right = x2 + max(lean, 0) - 0.05 * width
             b.oval(left, y2 - flat, right, y2 + flat, (58, 58, 62))
+        if o["d"]:
+            draw_flank(b, spec, o)
         b.within(box, o["z"])
         DRAW[o["kind"]](b, o, random.Random(o["look"]))
+    if spec["bonnet"]:
+        draw_bonnet(b, spec)
     image = image.reduce(2)
+    if spec["timeofday"] != "daytime":
+        # What shines has a halo: only what is bright, blurred, on top.
+        bright = image.point([max(0, v - 150) * 2 for v in range(256)] * 3)
+        image = ImageChops.add(image, bright.filter(ImageFilter.GaussianBlur(0.02 * size)))
+    if spec["weather"] == "rainy":
+        image = wet_road(image, spec)
     if spec["blur"]:
         image = image.filter(ImageFilter.BoxBlur(spec["blur"]))
-    return atmosphere(np.asarray(image, dtype=np.float32), spec)
+    return develop(image, spec)
 
 
-# Length of what falls in pixels (rain is streaks, snow is dots), what it leaves of the light, and how bright it is.
-FALLING = {"rainy": (4, 0.86, 44), "snowy": (1, 1, 110)}
+def wet_road(image, spec):
+    """The picture with a faint, blurred mirror image of what is above the horizon on what is below it."""
+    size = image.size[0]
+    horizon = round(spec["horizon"] * size)
+    above = image.crop((0, 2 * horizon - size, size, horizon))   # black where it reaches above the picture
+    mirror = ImageOps.flip(above).filter(ImageFilter.BoxBlur((1, 4)))
+    road = image.crop((0, horizon, size, size))
+    image.paste(Image.blend(road, mirror, 0.3), (0, horizon))
+    return image
 
 
-def atmosphere(picture, spec):
-    """Light of the hour, rain or snow, gain and noise, all fixed by the spec's seed and pixel by pixel."""
-    # A generator of its own, so that the noise does not depend on what was drawn before.
+# Length of what falls in pixels (rain is streaks, snow is dots), and how bright it is by day.
+FALLING = {"rainy": (5, 44), "snowy": (1, 110)}
+
+
+@lru_cache(maxsize=None)
+def grain(size):
+    """Noise for two pictures, drawn once: drawing it anew for every picture would take a third of the time."""
+    return np.random.default_rng(0).standard_normal(2 * 3 * size * size, dtype=np.float32)
+
+
+def develop(image, spec):
+    """The picture as a dashcam takes it (S, S, 3) uint8: uneven light, rain or snow, contrast, tint and noise.
+
+    All is fixed by the spec's seed, pixel by pixel, so that it does not depend on what was drawn.
+    """
     rng = np.random.default_rng(spec["seed"])
-    size = len(picture)
-    if spec["timeofday"] == "night":
-        # Lamps and lit things keep their light.
-        bright = picture.max(2, keepdims=True) > 226
-        picture = np.where(bright, picture, picture * np.array([0.26, 0.28, 0.38], np.float32))
-    elif spec["timeofday"] == "dawn/dusk":
-        picture = picture * np.array([0.78, 0.62, 0.58], np.float32) + np.array([22, 10, 6], np.float32)
+    size = image.size[0]
+    # Contrast, tint and exposure of the camera, as what each level of each colour becomes
+    gamma = spec["gamma"] if spec["timeofday"] == "daytime" else 1.0
+    levels = np.linspace(0, 1, 256) ** gamma * 255 * spec["gain"]
+    table = np.concatenate([levels * part for part in spec["tint"]]).clip(0, 255)
+    picture = np.array(image.point(table.astype(int).tolist()), np.float32)
+    # Light and shade, coarse and fine, as they lie on every surface; under clouds the light is more even.
+    uneven = spec["shade"] if spec["weather"] == "clear" else 0.3 * spec["shade"]
+    shade = np.ones((size, size), np.float32)
+    for cells, strength in ((6, 0.3), (32, 0.2)):
+        patches = rng.standard_normal((cells, cells), dtype=np.float32) * (strength * uneven) + 1
+        shade *= np.asarray(Image.fromarray(patches).resize((size, size), Image.BILINEAR))
+    picture *= shade[..., None]
     if spec["weather"] in FALLING:
-        length, dim, light = FALLING[spec["weather"]]
-        drops = np.zeros((size, size, 1), np.float32)
-        ys, xs = rng.integers(0, size, (2, size))
+        length, light = FALLING[spec["weather"]]
+        ys, xs = rng.integers(0, size, (2, 2 * size))
         for k in range(length):
-            drops[(ys + k) % size, xs] = 1
-        picture = picture * dim + drops * light
-    elif spec["weather"] == "overcast":
-        picture = picture * 0.88
-    noise = rng.standard_normal(picture.shape, dtype=np.float32)
-    noise *= spec["noise"]
-    return (picture * spec["gain"] + noise).clip(0, 255).astype(np.uint8)
+            picture[(ys + k) % size, xs] += light * max(HOURS[spec["timeofday"]][0])
+    start = rng.integers(picture.size)
+    picture += spec["noise"] * grain(size)[start:start + picture.size].reshape(picture.shape)
+    return picture.clip(0, 255, out=picture).astype(np.uint8)
 
 
 # ---- twins ----
@@ -741,7 +939,7 @@ def propose_edit(spec, question, rng, cfg):
         old = objects[i]
         new = sample_object(rng, dict(spec, objects=objects[:i] + objects[i + 1:]), old["kind"], cfg)
         # It keeps its look, so that its place is all that changes.
-        remove, add = [i], [new and dict(old, x=new["x"], z=new["z"])]
+        remove, add = [i], [new and dict(new, colour=old["colour"], look=old["look"])]
     else:
         return None
     # There may be no free place for what is added.

@@ -112,9 +112,15 @@ def small_run(drawn, out, **changes):
 
 
 def box(category, centre=64.0, bottom=75.0, width=16.0, height=16.0, colour="none"):
-    """A label by hand. At 128 pixels, left is below 38, ahead 47 to 81, right above 90; near is a bottom above 96."""
+    """A label by hand. At 128 pixels, left is below 38, ahead 47 to 81, right above 90; near is a bottom above 93,
+    far one below 80."""
     edges = dict(x1=centre - width / 2, y1=bottom - height, x2=centre + width / 2, y2=bottom)
     return dict(category=category, box2d=edges, attributes=dict(trafficLightColor=colour))
+
+
+def between(x1, x2, category="truck", bottom=110.0, **more):
+    """A label by its edges. Thirds end at 42.67 and 85.33: 15% of one is 6.4 pixels, half of one 21.33."""
+    return box(category, centre=(x1 + x2) / 2, width=x2 - x1, bottom=bottom, **more)
 
 
 def lamp(colour, **where):
@@ -848,11 +854,66 @@ def test_places_are_thirds_and_near_is_low_or_large_with_ambiguous_borders():
         label = box("car", centre=centre)
         assert tuple(ask("exists_at", "car", place, [label]) for place in commands.PLACES) == truths, centre
         assert ask("exists", "car", labels=[label]) == TRUE
-    for bottom, truth in ((88, FALSE), (90, UNSURE), (95, UNSURE), (97, TRUE)):
+    for bottom, truth in ((80, FALSE), (81, UNSURE), (92, UNSURE), (93, TRUE)):
         assert ask("near", "car", labels=[box("car", bottom=bottom)]) == truth, bottom
-    for height, text in ((16, "a traffic sign far ahead"), (25.6, "a traffic sign ahead"),
-                         (35, "a traffic sign near ahead")):
+    for height, text in ((21, "a traffic sign far ahead"), (22, "a traffic sign ahead"), (29, "a traffic sign ahead"),
+                         (30, "a traffic sign near ahead")):
         assert commands.describe(view_of(box("traffic sign", bottom=50, height=height)), 4) == text
+
+
+@pytest.mark.parametrize("x1, x2, truths", [
+    (45, 91.7, (FALSE, TRUE, FALSE)), (45, 91.8, (FALSE, TRUE, UNSURE)), (36.3, 83, (FALSE, TRUE, FALSE)),
+    (36.2, 83, (UNSURE, TRUE, FALSE)), (0, 49, (TRUE, FALSE, FALSE)), (0, 49.1, (TRUE, UNSURE, FALSE)),
+    (10, 118, (UNSURE, TRUE, UNSURE)), (0, 76, (TRUE, UNSURE, FALSE)), (0, 86, (UNSURE, UNSURE, FALSE)),
+    (45, 118, (FALSE, UNSURE, UNSURE))])
+def test_an_object_is_where_its_centre_is_and_perhaps_in_each_third_that_it_reaches_far_into(x1, x2, truths):
+    label = between(x1, x2)
+    assert tuple(ask("exists_at", "truck", place, [label]) for place in commands.PLACES) == truths
+    mirrored = between(128 - x2, 128 - x1)
+    assert tuple(ask("exists_at", "truck", place, [mirrored]) for place in commands.PLACES) == truths[::-1]
+
+
+@pytest.mark.parametrize("labels, left_ahead_right", [
+    ([between(45, 91.7)], (FALSE, TRUE, FALSE)), ([between(45, 91.8)], (FALSE, TRUE, UNSURE)),
+    ([between(45, 106.6)], (FALSE, TRUE, UNSURE)), ([between(45, 106.7)], (FALSE, TRUE, TRUE)),
+    ([between(79, 128)], (FALSE, FALSE, TRUE)), ([between(78.9, 128)], (FALSE, UNSURE, TRUE)),
+    ([between(64.1, 128)], (FALSE, UNSURE, TRUE)), ([between(63.9, 128)], (FALSE, TRUE, TRUE)),
+    ([between(0, 128)], (TRUE, TRUE, TRUE)),
+    ([between(22, 63)], (UNSURE, UNSURE, FALSE)), ([between(20, 65)], (TRUE, TRUE, FALSE)),    # centres at a border
+    ([between(60, 68, "pedestrian")], (FALSE, TRUE, FALSE)),
+    ([between(60, 67.9, "pedestrian")], (FALSE, UNSURE, FALSE)),                               # too small to be certain
+    ([between(0, 128, bottom=80)], (UNSURE, UNSURE, UNSURE)), ([between(54, 74, bottom=80)], (FALSE, FALSE, FALSE)),
+    ([between(45, 128, bottom=92)], (FALSE, UNSURE, UNSURE)),
+    ([between(0, 128, "traffic sign", height=40)], (FALSE, FALSE, FALSE)),
+    ([between(0, 55.5)], (TRUE, UNSURE, FALSE)), ([between(0, 55.5), between(72.5, 128)], (TRUE, UNSURE, TRUE)),
+    ([between(0, 55.5), between(63.9, 128)], (TRUE, TRUE, TRUE)),
+    ([between(0, 55.5), BLOCK["ahead"]], (TRUE, TRUE, FALSE))])
+def test_a_near_road_user_blocks_the_third_of_its_centre_and_those_that_it_fills_by_half(labels, left_ahead_right):
+    for place, blocked in zip(commands.PLACES, left_ahead_right):
+        assert ask("clear", place, labels=labels) == 2 - blocked, place
+    left, ahead, right = left_ahead_right
+    assert ask("stop", labels=labels) == ahead == 2 - ask("straight", labels=labels)
+    for side, blocked in (("left", left), ("right", right)):
+        assert ask("change", side, labels=labels) == 2 - blocked
+        assert ask("turn", side, labels=labels) == 2 - max(ahead, blocked)
+
+
+def wide_scenes(count):
+    """Random frames of road users of any width, most of them near, some with a light."""
+    rng = random.Random(3)
+    for _ in range(count):
+        ends = [sorted(rng.uniform(0, 128) for _ in range(2)) for _ in range(rng.randrange(4))]
+        lights = [lamp(rng.choice(("red", "yellow", "green", "none")), centre=rng.uniform(8, 120))]
+        yield lights[:rng.randrange(2)] + [
+            between(*x, rng.choice(commands.ROAD_USERS), rng.choice((80, 92, 110, 118))) for x in ends]
+
+
+def test_two_road_users_that_fill_half_of_the_way_ahead_together_never_leave_it_free():
+    third, joint = SIZE / 3, Counter()
+    for a, b in itertools.product(np.arange(44.0, 64), np.arange(65.0, 85)):    # none of the two fills half of it alone
+        truth = ask("clear", "ahead", labels=[between(0, a), between(b, SIZE)])
+        joint[(a - third) + (2 * third - b) > DEFAULTS.block_share * third, truth] += 1
+    assert set(joint) == {(False, TRUE), (False, UNSURE), (True, UNSURE)} and joint[True, UNSURE] > 100, joint
 
 
 def test_light_colours():
@@ -907,12 +968,21 @@ def test_and_or_and_no_follow_kleene():
     ("exists_at car right", [CAR_LEFT], "no car is on the right , one is far on the left"),
     ("near car", [CAR_LEFT], "no car is near , one is far on the left"),
     ("light red", [lamp("green")], "the light is green"), ("light red", [], "no light is in view"),
-    ("straight", [lamp("red"), BUS_AHEAD], "the light is red and a bus is near ahead"),
-    ("straight", [lamp("green"), BUS_AHEAD], "a bus is near ahead"), ("stop", [lamp("yellow")], "the light is yellow"),
-    ("stop", [lamp("green"), CAR_LEFT], "the light is green and nothing is near ahead"),
-    ("turn left", [], "nothing is near ahead or on the left"),
-    ("turn right", [BLOCK["right"]], "a truck is near on the right"),
-    ("change left", [lamp("red")], "nothing is near on the left"),
+    ("straight", [lamp("red"), BUS_AHEAD], "the light is red and a bus blocks the way ahead"),
+    ("straight", [lamp("green"), BUS_AHEAD], "a bus blocks the way ahead"),
+    ("stop", [lamp("yellow")], "the light is yellow"),
+    ("stop", [lamp("yellow"), between(0, 55.5)], "the light is yellow"),        # it may block: that is not certain
+    ("stop", [lamp("green"), CAR_LEFT], "the light is green and nothing blocks the way ahead"),
+    ("straight", [lamp("green")], "the light is green and nothing blocks the way ahead"),
+    ("turn left", [], "nothing blocks the way ahead or the left"),
+    ("turn right", [BLOCK["right"]], "a truck blocks the right"),
+    ("turn right", [BLOCK["right"], BUS_AHEAD], "a bus blocks the way ahead"),
+    ("change right", [between(45, 110)], "a truck blocks the right"),
+    ("change right", [between(45, 110), box("pedestrian", centre=120, bottom=115)], "a pedestrian blocks the right"),
+    ("change right", [between(45, 95), box("pedestrian", centre=120, bottom=100)], "a pedestrian blocks the right"),
+    ("clear left", [box("bus", centre=20, bottom=92), box("car", centre=20, bottom=105, width=10)],
+     "a car blocks the left"),
+    ("change left", [lamp("red")], "nothing blocks the left"),
     ("and car bus", [CAR_LEFT, BUS_AHEAD], "a car is far on the left and a bus is near ahead"),
     ("and car bus", [CAR_LEFT], "no bus is in view"),
     ("and_no car bus", [CAR_LEFT], "a car is far on the left and no bus is in view"),
@@ -922,6 +992,18 @@ def test_the_reason_names_the_cause(question, labels, reason):
     view, question = view_of(*labels), Question(template, first, second)
     assert question.truth(view) != UNSURE and question.reason(view) == reason
     assert check_reason(reason, view) == TRUE
+
+
+def test_every_certain_answer_has_a_reason_that_the_rules_find_true():
+    asked = set()
+    for labels in wide_scenes(150):
+        view = view_of(*labels)
+        for question in QUESTIONS:
+            truth = question.truth(view)
+            if truth != UNSURE:
+                assert check_reason(question.reason(view), view) == TRUE, (question, labels)
+                asked.add((question.template, truth))
+    assert asked == set(itertools.product(commands.TEMPLATES, (FALSE, TRUE)))
 
 
 def test_the_evidence_is_what_makes_the_answer_yes():
@@ -963,19 +1045,26 @@ def test_check_reason_denies_what_is_false_and_knows_its_grammar():
     view = view_of(CAR_LEFT, BUS_AHEAD, lamp("red", centre=64.0))
     verdicts = {
         FALSE: ("a car is near on the left", "a car is far on the right", "no car is in view", "a truck is in view",
-                "the light is green", "no light is in view", "nothing is near ahead", "nothing in view",
+                "the light is green", "no light is in view", "nothing blocks the way ahead", "nothing in view",
                 "a bus is near ahead and no car is in view", "no car is in view and a bus is near ahead",
-                "no car is on the right , one is near ahead", "nothing is near on the left or ahead",
-                "a green light far ahead", "nothing on the left"),
+                "no car is on the right , one is near ahead", "nothing blocks the left or the way ahead",
+                "a green light far ahead", "nothing on the left", "a car blocks the left", "a bus blocks the right",
+                "a traffic light blocks the way ahead", "the light is red and a car blocks the way ahead"),
         TRUE: ("a car is far on the left", "no car is on the right , one is far on the left", "the light is red",
-               "nothing is near on the left or on the right", "a bus near ahead , a red light far ahead",
-               "nothing on the right"),
+               "nothing blocks the left or the right", "a bus near ahead , a red light far ahead",
+               "nothing on the right", "a bus blocks the way ahead", "the light is red and a bus blocks the way ahead"),
         None: ("", "a dog is near ahead", "the light is blue", "a car is near ahead near", "one is near ahead",
-               "a car is far on the left a bus is near ahead", "a bus is near ahead , and")}
+               "a car is far on the left a bus is near ahead", "a bus is near ahead , and", "nothing blocks ahead",
+               "a dog blocks the left", "a red light blocks the left", "nothing blocks the left or right",
+               "nothing blocks the", "no bus blocks the left", "nothing is near ahead")}
     for verdict, reasons in verdicts.items():
         for reason in reasons:
             assert check_reason(reason, view) == verdict, reason
     assert check_reason("a car is far", view_of(box("car", bottom=92))) == UNSURE
+    for right, verdict in ((91.7, FALSE), (91.8, UNSURE), (106.6, UNSURE), (106.7, TRUE)):
+        view = view_of(between(45, right), FAR["right"])
+        assert check_reason("a truck blocks the right", view) == verdict, right
+        assert check_reason("nothing blocks the right", view) == 2 - verdict, right
 
 
 def test_where_is_asked_of_what_is_certainly_there_or_not():
@@ -1083,11 +1172,21 @@ def test_a_scene_is_the_same_for_its_name_and_seed_and_its_labels_belong_to_what
 
 
 def touched(spec, o, size):
-    """Pixels that an object may touch: its box, a generous shadow, the pole of what hangs, and the blur."""
+    """Pixels that an object may touch: its box, a generous shadow, the pole of what hangs, and the blur.
+
+    In the dark, also the halo of its lamps; in rain, its mirror image below.
+    """
     x1, y1, x2, y2 = prepare.object_box(spec, o)
-    aside = 0.0 if o["y"] > 0 else 0.7 * (x2 - x1)
-    below = prepare.project(spec, o["x"], 0, o["z"])[1] if o["y"] > 0 else y2 + 0.2 * (x2 - x1) + 0.02
-    mask, grow = np.zeros((size, size), bool), 5
+    dark, hangs = spec["timeofday"] != "daytime", o["y"] > 0
+    aside = 0.5 * dark * (y2 - y1) if hangs else 0.7 * (x2 - x1)
+    foot = prepare.project(spec, o["x"], 0, o["z"])[1]
+    below = foot if hangs else y2 + 0.2 * (x2 - x1) + 0.02
+    if spec["weather"] == "rainy":
+        below = max(below, 2 * spec["horizon"] - y1 + 0.04)
+    y1 -= 0.3 * dark * (y2 - y1)
+    # The pole of what hangs stands at the kerb.
+    aside = max(aside, hangs * spec["focal"] * (spec["right"] + 3 - o["x"]) / o["z"])
+    mask, grow = np.zeros((size, size), bool), 5 + 6 * dark
     left, top, right, low = (int(v * size) for v in (x1 - aside, y1, x2 + aside, below))
     mask[max(0, top - grow):max(0, low + grow), max(0, left - grow):max(0, right + grow)] = True
     return mask
@@ -1119,6 +1218,81 @@ def test_twins_change_only_what_they_edit_and_flip_the_answer_or_keep_it(drawn):
     assert kinds == {"remove", "add", "move", "recolour"}
 
 
+def test_nothing_can_be_near_and_far():
+    for near, far in (("near_line", "far_line"), ("near_height", "far_height")):
+        refuses(lambda: config.check(changed(DEFAULTS, **{near: 0.3, far: 0.4})), f"{far}=0.4 is above {near}=0.3")
+
+
+def test_traffic_keeps_to_the_right_in_its_lanes_and_no_pole_stands_on_the_road():
+    facings, feet = Counter(), []
+    for i in range(300):
+        spec = prepare.sample_scene(f"scene-{i}", DEFAULTS)
+        left, yellow, right = spec["left"], spec["yellow"], spec["right"]
+        assert left <= yellow < 0 < right
+        for o in spec["objects"]:
+            if o["kind"] in prepare.FLANKED:
+                facings[o["facing"]] += 1
+                if o["facing"] == "side":
+                    assert spec["junction"] < o["z"] < spec["junction"] + 7
+                else:
+                    assert (yellow < o["x"] < right) if o["facing"] == "rear" else (left < o["x"] < yellow), o
+            elif o["kind"] in ("light", "sign"):
+                xs = []
+                brush = SimpleNamespace(panel=lambda ends, *rest: xs.append(ends))
+                prepare.draw_pole(brush, spec, o)
+                feet.append((left < np.mean(xs[0]) < right, xs[1][0] == o["x"]))
+    assert min(facings[facing] for facing in ("rear", "front", "side")) > 20
+    assert len(feet) > 200 and set(feet) == {(False, True)}
+
+
+def hours_and_weathers(name):
+    """The scene called `name` in every weather and at every hour."""
+    spec = prepare.sample_scene(name, DEFAULTS)
+    return {(weather, hour): dict(spec, weather=weather, timeofday=hour)
+            for weather in prepare.WEATHERS for hour in prepare.TIMES}
+
+
+@pytest.mark.parametrize("name", ["scene-000001", "scene-000004", "scene-000008"])
+def test_an_edit_leaves_the_other_pixels_alone_in_every_weather_and_at_every_hour(name):
+    for spec in hours_and_weathers(name).values():
+        picture = prepare.draw_scene(spec, 128)
+        for i, o in enumerate(spec["objects"]):
+            without = prepare.apply_edit(spec, dict(remove=[i], add=[]))
+            changes = (prepare.draw_scene(without, 128) != picture).any(-1)
+            assert not (changes & ~touched(spec, o, 128)).any(), (spec["weather"], spec["timeofday"], o)
+
+
+def test_at_night_paint_and_sky_are_dark_while_a_lamp_is_bright():
+    plain = dict(bonnet=0.0, noise=0.0, shade=0.0, blur=0, gain=1.0, tint=[1.0] * 3, gamma=1.0)
+    light = dict(kind="light", x=0.0, y=3.0, z=16.0, w=1.2, h=1.6, d=0.0, facing="side", colour="red", look=1)
+    for (weather, hour), spec in hours_and_weathers("scene-000004").items():
+        spec.update(plain, objects=[], crosswalk=2.2)
+        x1, y1, x2, y2 = (round(128 * v) for v in prepare.object_box(spec, light))
+        street = prepare.draw_scene(spec, 128).max(-1)
+        lit = prepare.draw_scene(dict(spec, objects=[light]), 128)[y1:y2, x1:x2, 0]
+        horizon = int(128 * spec["horizon"])
+        sky, low_sky, paint = street[:20].mean(), street[horizon - 3:horizon].mean(), street[-8:].max()
+        if hour == "night":
+            assert max(sky, low_sky) < 80 and paint < 140 and lit.max() > 110, (weather, sky, low_sky, paint, lit.max())
+        elif hour == "daytime":
+            assert min(sky, low_sky) > 120 and paint > 130, (weather, sky, low_sky, paint)
+
+
+def test_fog_hides_with_distance():
+    """A black car stands out from the road the less, the farther it is; on a clear day it always does."""
+    plain = dict(bonnet=0.0, noise=0.0, shade=0.0, blur=0, gain=1.0, tint=[1.0] * 3, gamma=1.0)
+    car = dict(kind="car", x=0.0, y=0.0, w=1.8, h=1.5, d=4.2, facing="rear", colour=(20, 20, 22), look=1)
+    for hour in prepare.TIMES:
+        spec = dict(prepare.sample_scene("scene-000004", DEFAULTS), timeofday=hour, **plain)
+        changes = {}
+        for weather, z in itertools.product(("clear", "foggy"), (6, 20, 45)):
+            cars = [[dict(car, z=z, colour=colour)] for colour in ((20, 20, 22), (230, 230, 230))]
+            dark, pale = (prepare.draw_scene(dict(spec, weather=weather, objects=o), 128).astype(int) for o in cars)
+            changes[weather, z] = np.abs(dark - pale).max()
+        assert changes["foggy", 6] > 2 * changes["foggy", 20] > 2 * changes["foggy", 45], (hour, changes)
+        assert changes["foggy", 45] < 0.2 * changes["clear", 45], (hour, changes)
+
+
 def test_the_demonstration_shows_every_template_with_both_answers(capsys):
     commands.main(DEFAULTS)
     text = capsys.readouterr().out
@@ -1130,8 +1304,8 @@ def test_the_demonstration_shows_every_template_with_both_answers(capsys):
 # ---- stored data ----
 def pictures_shown(batch, data):
     """Which stored picture each image of an unflipped, unjittered batch is."""
-    patch = np.asarray(data.images[:, 60:64, 60:64], dtype=np.float32).reshape(len(data.images), -1)
-    seen = as_pixels(batch.images, data)[:, 60:64, 60:64].reshape(len(batch.images), -1)
+    patch = np.asarray(data.images[:, ::9, ::9], dtype=np.float32).reshape(len(data.images), -1)
+    seen = as_pixels(batch.images, data)[:, ::9, ::9].reshape(len(batch.images), -1)
     distance = np.abs(seen[:, None] - patch[None]).max(-1)
     assert distance.min(1).max() < 0.01
     return distance.argmin(1)
@@ -1324,7 +1498,7 @@ def test_prefetching_keeps_order_and_passes_errors_on():
 def test_other_missing_or_broken_data_are_refused_with_the_command_that_makes_them(drawn, tmp_path):
     assert prepare.load_meta(changed(drawn.cfg, lr=1.0, seed=5, out_dir="elsewhere"))["hash"] == drawn.meta["hash"]
     refuses(lambda: prepare.load_meta(changed(drawn.cfg, min_pixels=9.5)),
-            "(min_pixels=10.0 there, 9.5 now)", "run python prepare.py", "--min_pixels=9.5")
+            "(min_pixels=8.0 there, 9.5 now)", "run python prepare.py", "--min_pixels=9.5")
     for content in (None, "{half", '{"magic": "something else"}', json.dumps(dict(drawn.meta, version=1))):
         if content:
             (tmp_path / "meta.json").write_text(content)
@@ -2439,7 +2613,9 @@ def test_breakdowns_sum_to_all_questions(tested):
     (("change", "left"), [], ["clear left"]),
     (("turn", "right"), [lamp("red"), lamp("green")], ["clear ahead", "clear right"]),
     (("straight",), [], ["clear ahead", "light red", "light yellow", "light green"]),
-    (("clear", "left"), [], [f"exists_at {c} left" for c in commands.ROAD_USERS])])
+    (("clear", "left"), [], [f"exists_at {c} left" for c in commands.ROAD_USERS]),
+    (("clear", "right"), [between(45, 110), box("car", centre=110)],
+     [*(f"exists_at {c} right" for c in commands.ROAD_USERS if c != "truck"), "exists truck"])])
 def test_a_question_is_made_of_simpler_certain_ones(question, labels, found):
     whole = Question(*(*question, "", "")[:3])
     assert [" ".join(filter(None, q)) for q in evaluate.parts(whole, view_of(*labels))] == found
@@ -2784,19 +2960,23 @@ def picture_and_subject(typed):
 def test_an_answer_is_a_verdict_with_its_probability_and_the_reason_that_follows_it(typed):
     picture, subject = picture_and_subject(changed(typed, beam=3))
     model, prompt = subject.model, subject.tokenizer.prompt("is there a bus")
-    # Of these words, three beams find others than one.
-    bias = torch.randn(len(subject.tokenizer), generator=torch.Generator().manual_seed(12))
     plain = model.decoder.logits
     odds = next(subject.look([(picture, [prompt])]))[0] - 2.5
-    bias[tokenizer.YES], bias[tokenizer.NO] = 20, 22.5
+    bias = torch.zeros(len(subject.tokenizer))
     # The pass that answers gives logits of all tokens (3 axes), generation of the last one only (2 axes).
     model.decoder.logits = lambda hidden: plain(hidden) + (bias if hidden.ndim == 3 else -bias)
+    begun = torch.tensor([prompt + [tokenizer.NO]])
+    vision = model.encode(subject.images(picture[None]))
+    # The first words by chance of which three beams find others than one.
+    for seed in range(100):
+        bias[:] = torch.randn(len(bias), generator=torch.Generator().manual_seed(seed))
+        bias[tokenizer.YES], bias[tokenizer.NO] = 20, 22.5
+        greedy, best = (model.generate(vision, begun, 7, beam=beam)[0].tolist() for beam in (1, 3))
+        if greedy != best:
+            break
     shot = visualize.answer(subject, picture, "is there a bus")
     assert odds < 0 and shot.verdict == "NO"
     assert shot.probability == pytest.approx(1 / (1 + math.exp(odds)), abs=1e-4)
-    begun = torch.tensor([prompt + [tokenizer.NO]])
-    vision = model.encode(subject.images(picture[None]))
-    greedy, best = (model.generate(vision, begun, 7, beam=beam)[0].tolist() for beam in (1, 3))
     assert shot.reason == subject.tokenizer.decode(best) != subject.tokenizer.decode(greedy)
     assert visualize.answer(subject, picture, "Describe the scene.").verdict is None        # known by its words
     bias[:] = -bias                                                                         # known by its first word
