@@ -782,8 +782,9 @@ class Log:
             lines = [f"| {truth} | {yes} | {no} |" for truth, (yes, no) in confusion.items()]
             self.board.add_text("confusion", "\n".join(["| truth | YES | NO |", "|---|---|---|", *lines]), step)
             picture, asked = attention_pictures(batch, cross, data)
-            self.board.add_image("where it looked", picture, step)
-            self.board.add_text("where it looked", "; ".join(asked), step)
+            if asked:
+                self.board.add_image("where it looked", picture, step)
+                self.board.add_text("where it looked", "; ".join(asked), step)
 
     def close(self):
         self.file.close()
@@ -792,23 +793,25 @@ class Log:
 
 
 def attention_pictures(batch, cross, data):
-    """Pictures side by side (3, S, B*S), each lit where its first question looked for the answer; and these questions.
+    """Pictures side by side (3, S, n*S), each lit where its first question looked for the answer; and these questions.
 
-    cross (layers, B, H, L, P), of which the mean is taken; a picture's most attended patch is as bright as it was.
+    Pictures without a question are left out. cross (layers, B, H, L, P), of which the mean is taken; a picture's most
+    attended patch is as bright as it was.
     """
-    B = len(batch.tokens)
-    rows = torch.arange(B)
-    at = ((batch.targets == YES) | (batch.targets == NO)).int().argmax(-1)        # the `?` of that question, (B,)
-    maps = cross.mean((0, 2))[rows, at]                                           # (B, P)
+    verdicts = (batch.targets == YES) | (batch.targets == NO)
+    rows = verdicts.any(-1).nonzero()[:, 0]                                       # (n,)
+    at = verdicts[rows].int().argmax(-1)                                          # the `?` of that question, (n,)
+    maps = cross.mean((0, 2))[rows, at]                                           # (n, P)
     side = math.isqrt(maps.shape[-1])
-    light = F.interpolate((maps / maps.amax(-1, keepdim=True)).view(B, 1, side, side), size=batch.images.shape[-2:])
+    light = (maps / maps.amax(-1, keepdim=True)).view(-1, 1, side, side)
+    light = F.interpolate(light, size=batch.images.shape[-2:])
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
-    pictures = (batch.images * std + mean).clamp(0, 1) * (0.2 + 0.8 * light)
+    pictures = (batch.images[rows] * std + mean).clamp(0, 1) * (0.2 + 0.8 * light)
     asked = []
-    for row, i in enumerate(at.tolist()):
+    for row, i in zip(rows.tolist(), at.tolist()):
         own = batch.segment[row, :i + 2] == batch.segment[row, i]
         asked.append(data.tokenizer.decode(batch.tokens[row, :i + 2][own].tolist()))
-    return torch.cat(list(pictures), -1), asked
+    return pictures.permute(1, 2, 0, 3).flatten(2), asked
 
 
 # ---- the loop ----
