@@ -213,6 +213,8 @@ def sample_object(rng, spec, kind, cfg, place=None, near=None, distances=None):
     """
     about = KINDS[kind]
     focal = spec["focal"]
+    # The boxes of the others are the same for every try.
+    others = [(other, clipped(object_box(spec, other))) for other in spec["objects"]]
     for _ in range(12):
         scale = rng.uniform(0.9, 1.12)
         width = about.width * scale
@@ -269,20 +271,21 @@ def sample_object(rng, spec, kind, cfg, place=None, near=None, distances=None):
         if facing == "side":
             width = length
         o = dict(kind=kind, x=x, y=y, z=z, w=width, h=height, d=depth, facing=facing, colour=colour, look=look)
-        if is_clear(o, spec):
+        if is_clear(o, clipped(object_box(spec, o)), others):
             return o
     return None
 
 
-def is_clear(o, spec):
-    """Whether a new object stands in none of the scene's, and neither hides half of the other."""
-    own = clipped(object_box(spec, o))
-    for other in spec["objects"]:
+def is_clear(o, own, others):
+    """Whether o, whose box is `own`, stands in none of others, and neither hides half of the other.
+
+    others: [(object, its box)].
+    """
+    for other, box in others:
         across = abs(o["x"] - other["x"]) <= (o["w"] + other["w"]) / 2
         along = o["z"] < other["z"] + other["d"] + 1.2 and other["z"] < o["z"] + o["d"] + 1.2
         if across and along and (o["y"] > 0) == (other["y"] > 0):
             return False
-        box = clipped(object_box(spec, other))
         width = min(own[2], box[2]) - max(own[0], box[0])
         height = min(own[3], box[3]) - max(own[1], box[1])
         if width > 0 and height > 0 and width * height >= 0.5 * min(area(own), area(box)):
@@ -673,13 +676,14 @@ def draw_background(b, spec, rng):
         rows = [(1 - horizon) * (k / 24) ** 2 for k in range(25)]
         for upper, lower in zip(rows, rows[1:]):
             b.fade(horizon + upper, horizon + lower, SQUEEZE * spec["focal"] * spec["height"] / lower)
-    for side in (-1, 1):
+    kerb = {-1: spec["left"], 1: spec["right"]}
+    for side in kerb:
         # Plots along each side of the road, each with a house, a tree or nothing.
         z = rng.uniform(45, 70)
         # Far to near, so that near ones cover far ones.
         while z > 5:
             depth = rng.uniform(6, 16)
-            x = (spec["right"] if side > 0 else spec["left"]) + side * rng.uniform(3, 6)
+            x = kerb[side] + side * rng.uniform(3, 6)
             if rng.random() < scenery.houses:
                 draw_building(b, spec, rng, x, side, max(z - depth, 4.0), z)
             elif rng.random() < 0.6:
@@ -689,7 +693,7 @@ def draw_background(b, spec, rng):
     for _ in range(32):
         side = rng.choice((-1, 1))
         z = rng.uniform(8, 50)
-        x = (spec["right"] if side > 0 else spec["left"]) + side * rng.uniform(2.5, 5)
+        x = kerb[side] + side * rng.uniform(2.5, 5)
         low = rng.choice((0, 0, rng.uniform(0, 6)))
         tall = rng.uniform(0.5, 4)
         grey = rng.uniform(10, 200)
@@ -755,7 +759,6 @@ def draw_building(b, spec, rng, x, side, z1, z2):
     """A house at the side -1 or 1 of the road: its wall along the road at x, from z1 to z2, and its front at z1."""
     tall = rng.uniform(*SCENERY[spec["scene"]].heights)
     wall = rng.choice(WALLS)
-
     b.panel((x, x), 0, tall, (z1, z2), wall, 0.82)
     b.panel((x, x + side * 14), 0, tall, (z1, z1), wall)
     glass = LIT_WINDOW if spec["timeofday"] != "daytime" else WINDOW

@@ -293,10 +293,15 @@ def sum_gradients(parameters):
 
 # ---- losses ----
 
+def verdicts(targets):
+    """Which targets are the YES or NO of a question, a mask of the same shape."""
+    return (targets == YES) | (targets == NO)
+
+
 def token_weights(targets, cfg):
     """Weights (M,) of the learned tokens: answer_weight for [NO], that times yes_weight for [YES], 1 for the rest."""
     weights = torch.ones(targets.shape, device=targets.device)
-    weights[(targets == YES) | (targets == NO)] = cfg.answer_weight
+    weights[verdicts(targets)] = cfg.answer_weight
     weights[targets == YES] *= cfg.yes_weight
     return weights
 
@@ -314,7 +319,7 @@ def token_loss(logits, targets, cfg):
     loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=cfg.label_smoothing)
     if cfg.focal_gamma:
         p = torch.softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-        answers = (targets == YES) | (targets == NO)
+        answers = verdicts(targets)
         loss = torch.where(answers, (1 - p) ** cfg.focal_gamma * loss, loss)
     return (loss * token_weights(targets, cfg)).sum()
 
@@ -798,9 +803,9 @@ def attention_pictures(batch, cross, data):
     Pictures without a question are left out. cross (layers, B, H, L, P), of which the mean is taken; a picture's most
     attended patch is as bright as it was.
     """
-    verdicts = (batch.targets == YES) | (batch.targets == NO)
-    rows = verdicts.any(-1).nonzero()[:, 0]                                       # (n,)
-    at = verdicts[rows].int().argmax(-1)                                          # the `?` of that question, (n,)
+    answers = verdicts(batch.targets)
+    rows = answers.any(-1).nonzero()[:, 0]                                       # (n,)
+    at = answers[rows].int().argmax(-1)                                          # the `?` of that question, (n,)
     maps = cross.mean((0, 2))[rows, at]                                           # (n, P)
     side = math.isqrt(maps.shape[-1])
     light = (maps / maps.amax(-1, keepdim=True)).view(-1, 1, side, side)
