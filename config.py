@@ -44,15 +44,16 @@ val_is_test = False           # bdd100k: its own val folder is the test split; i
 max_complexity = 0            # drop frames with more labelled objects than this; 0 keeps all
 
 # ---- commands: the numbers in the rules behind every answer; prepare.py must run again after a change ----
-min_pixels = 8.0              # an object counts as seen if both sides of its box have so many pixels
-min_visible = 0.35            # ... and if nearer boxes leave this share of its box uncovered
+min_pixels = 8.0              # an object counts as seen if both sides of its box have so many pixels (see DETAIL) ...
+min_visible = 0.4             # ... and if nearer boxes leave this share of it uncovered, and so many pixels squared
 place_margin = 0.03           # a box centre this close to a border between thirds (share of width) is ambiguous
 maybe_share = 0.15            # some would say that an object is at a third of which its box covers more than this share
 block_share = 0.5             # a near road user that covers more of a third leaves no room there: it blocks it
 near_line = 0.72              # an object is near if the lower edge of its box is below this share of the height ...
-far_line = 0.63               # ... and far if it is above this one; between them, some 9 to 15 metres, it may be either
+far_line = 0.60               # ... and far if it is above this one; between them, some 9 to 18 metres, it may be either
 near_height = 0.23            # what hangs (lights, signs) is near if its box is higher than this share ...
-far_height = 0.17             # ... and far if it is lower than this one
+far_height = 0.17             # ... and far if it is lower than this one; what stands and is lower is not certainly near ...
+close_height = 0.28           # ... and if it is higher than this share, not certainly far, wherever its lower edge is
 commands_stored = 20          # questions stored for each picture, half of them YES; descriptions come on top
 max_describe = 4              # a description lists at most this many objects, nearest first
 min_cell = 4                  # a question needs so many YES and so many NO in a split, or is dropped from it
@@ -185,7 +186,7 @@ KINDS = (
         lora_rank eval_items early_stopping"""),
     ("a whole number, -1 or above", int, -1, MOST, "freeze_pictures"),
     ("a number above 0", float, LEAST, MOST, """
-        near_line far_line near_height far_height rope_theta lr lr_projection lr_vision eps answer_weight
+        near_line far_line near_height far_height close_height rope_theta lr lr_projection lr_vision eps answer_weight
         yes_weight"""),
     ("a number, 0 or above", float, 0, MOST, """
         min_pixels tag_weight weight_decay grad_clip focal_gamma entropy_weight contrast_weight"""),
@@ -288,6 +289,9 @@ def check(cfg):
     for near, far in (("near_line", "far_line"), ("near_height", "far_height")):
         need(getattr(cfg, far) <= getattr(cfg, near),
              f"{far}={getattr(cfg, far)} is above {near}={getattr(cfg, near)}: nothing can be both near and far")
+    need(2 * cfg.maybe_share <= cfg.block_share,
+         f"block_share={cfg.block_share} is below twice maybe_share={cfg.maybe_share}: two road users could fill a way "
+         "from both sides, and neither would count")
     need(cfg.image_size % cfg.patch_size == 0,
          f"image_size={cfg.image_size} is not a multiple of patch_size={cfg.patch_size}; try image_size="
          f"{max(cfg.image_size // cfg.patch_size, 1) * cfg.patch_size}")

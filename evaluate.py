@@ -550,7 +550,7 @@ def groups_of(asked, i):
         "objects seen in the scene": [span(frame["complexity"], 0, 3, 5, 7, 9)],
         "objects of the asked kind": [span(len(of_kind), 0, 1, 2, 3) if question.objects else "none asked"],
         # Without [SOS] and the question mark, which every command has.
-        "words": [span(len(asked.prompts[i]) - 2, 0, 5, 7, 9, 11)]}
+        "words": [span(len(asked.prompts[i]) - 2, 0, 5, 7, 9)]}
     for name, key in (("weather", "weather"), ("time of day", "timeofday"), ("scene", "scene")):
         groups[name] = [frame["attributes"].get(key) or "undefined"]
     return groups

@@ -67,7 +67,7 @@ Kind = namedtuple("Kind", "width height length heights chance stands categories"
 # see sample_object and strips; categories: of its labels
 # People, signal heads and signs are drawn broader than life, so that they can be told at 128 pixels.
 VEHICLE = ("ours", "ours", "oncoming", "parked", "crossing")
-TWO_WHEELS = ("ours", "oncoming", "crossing", "pavement")
+TWO_WHEELS = ("pavement", "ours", "oncoming", "crossing")
 KINDS = {
     "car": Kind(1.8, 1.5, 4.2, None, 0.55, VEHICLE, ("car",)),
     "truck": Kind(2.5, 3.1, 6.0, None, 0.33, VEHICLE, ("truck",)),
@@ -80,6 +80,7 @@ KINDS = {
     "light": Kind(1.2, 1.6, None, (2.6, 4.2), 0.65, ("anywhere",), ("traffic light",)),
     "sign": Kind(1.2, 1.1, None, (1.9, 3.0), 0.42, ("kerb", "kerb", "anywhere"), ("traffic sign",)),
 }
+ACROSS = ("crossing", "pavement")      # where the camera sees the side of what stands there
 FLANKED = ("car", "truck", "bus")      # seen from behind or from the front, these also show the side that is nearer
 # The kind to draw for a category, where it has another name.
 KIND_OF = {"traffic light": "light", "traffic sign": "sign", "rider": "cyclist"}
@@ -205,6 +206,27 @@ def lane_middles(x1, x2):
     return [x1 + LANE * (i + 0.5) for i in range(round((x2 - x1) / LANE))]
 
 
+def reaches(spec, about, scale, where, cfg):
+    """(z_near, z_far, z_seen): an object of this kind is near up to z_near, far from z_far, and too small from z_seen.
+
+    scale: its size as a share of the usual one; where: see strips.
+    """
+    focal = spec["focal"]
+    height = SQUEEZE * focal * about.height * scale              # at a distance of 1 metre, as the next two
+    width = focal * (about.length if about.length and where in ACROSS else about.width) * scale
+    if len(about.categories) == 2:
+        width *= 0.64                                            # of the rider, who hides a part of the vehicle
+    camera = SQUEEZE * focal * spec["height"]
+    pixels = cfg.min_pixels * max(commands.DETAIL.get(category, 1) for category in about.categories)
+    z_seen = cfg.image_size * min(width, height) / pixels
+    z_near, z_far = height / cfg.near_height, height / cfg.far_height
+    if about.heights:
+        return z_near, z_far, z_seen
+    # No part of the road is above the horizon, wherever the lines are.
+    near, far = (camera / max(line - spec["horizon"], 0.01) for line in (cfg.near_line, cfg.far_line))
+    return min(near, z_far), max(far, height / cfg.close_height), z_seen
+
+
 def sample_object(rng, spec, kind, cfg, place=None, near=None, distances=None):
     """A new object of `kind` that is clear of the others in `spec`, or None after a few tries.
 
@@ -220,16 +242,12 @@ def sample_object(rng, spec, kind, cfg, place=None, near=None, distances=None):
         width = about.width * scale
         height = about.height * scale
         y = rng.uniform(*about.heights) if about.heights else 0.0
-        # It counts as near up to z_near and as far from z_far on (by its height if it hangs, by its lower edge on the
-        # road otherwise); from z_seen on it is too small to count.
-        if about.heights:
-            reach = SQUEEZE * focal * height
-            z_near, z_far = reach / cfg.near_height, reach / cfg.far_height
-        else:
-            reach = SQUEEZE * focal * spec["height"]
-            # No part of the road is above the horizon, wherever the lines are.
-            z_near, z_far = (reach / max(line - spec["horizon"], 0.01) for line in (cfg.near_line, cfg.far_line))
-        z_seen = focal * cfg.image_size * min(width, SQUEEZE * height) / cfg.min_pixels
+        where = rng.choice(about.stands)
+        # Across the road: on a crosswalk, or on one of the two lanes of a road that crosses.
+        z_cross = spec["crosswalk"] + 1 if kind == "pedestrian" else spec["junction"] + rng.choice((1.8, 5.2))
+        if where == "crossing" and z_cross < 6:
+            where = about.stands[0]
+        z_near, z_far, z_seen = reaches(spec, about, scale, where, cfg)
         is_near = rng.random() < 0.42 if near is None else near
         # What is narrow is too small before it is certainly far.
         low, high = (0.62 * z_near, z_near) if is_near else (min(z_far, 0.8 * z_seen), 0.95 * z_seen)
@@ -239,18 +257,14 @@ def sample_object(rng, spec, kind, cfg, place=None, near=None, distances=None):
         low, high = distances or (low, max(low, min(high, 30.0)))
         # Apparent size goes with 1 / z: even in the logarithm of z, large and small ones are equally frequent.
         z = low * (high / low) ** rng.random()
-        where = rng.choice(about.stands)
         if where == "crossing":
-            # Across the road: on a crosswalk, or on one of the two lanes of a road that crosses.
-            z_cross = spec["crosswalk"] + 1 if kind == "pedestrian" else spec["junction"] + rng.choice((1.8, 5.2))
-            if z_cross < 6 or (near is not None and near != (z_cross < z_near)):
-                where = about.stands[0]
-            else:
-                z = z_cross
+            if near is not None and near != (z_cross < z_near):
+                continue
+            z = z_cross
         # Its place in the picture is drawn first, then one of the strips that lie there.
         third = commands.PLACES.index(rng.choice(commands.PLACES) if place is None else place)
-        # Vehicles may be cut by the edges of the picture.
-        beyond = 0.5 * width * focal / z if about.length else 0.0
+        # Vehicles may be cut by the edges of the picture, what is narrow is not.
+        beyond = (0.5 if about.length else -0.5) * width * focal / z
         borders = (0.02 - beyond, 1 / 3, 2 / 3, 0.98 + beyond)
         least, largest = ((u - spec["centre"]) * z / focal for u in borders[third:third + 2])
         there = [(max(least, a), min(largest, b), facing) for a, b, facing in strips(spec, where)
@@ -380,13 +394,25 @@ class Brush:
 
     def within(self, box, z):
         """Draw in shares of `box` from now on, with the haze of distance z."""
-        self.frame = box
+        x1, y1, x2, y2 = box
+        self.between((x1, y1, y2), (x2, y1, y2), z)
+
+    def between(self, start, end, z):
+        """Draw in shares of what lies between two verticals, each (x, top, bottom), with the haze of distance z."""
+        self.start, self.end = start, end
+        self.far(z)
+
+    def far(self, z):
         # Beer-Lambert: light from behind more air is replaced by the air's own.
         self.blend = 1 - math.exp(-self.haze * z)
 
     def points(self, points):
-        x1, y1, x2, y2 = self.frame
-        return [((x1 + u * (x2 - x1)) * self.size, (y1 + v * (y2 - y1)) * self.size) for u, v in points]
+        (x1, top1, bottom1), (x2, top2, bottom2) = self.start, self.end
+        found = []
+        for u, v in points:
+            top, bottom = top1 + u * (top2 - top1), bottom1 + u * (bottom2 - bottom1)
+            found.append(((x1 + u * (x2 - x1)) * self.size, (top + v * (bottom - top)) * self.size))
+        return found
 
     def tint(self, colour, shade):
         # Lamps and lit windows shine by themselves, whatever the hour.
@@ -416,12 +442,15 @@ class Brush:
     def oval(self, u1, v1, u2, v2, colour, shade=1.0, ring=0):
         """ring: draw the outline alone, this wide, as a share of the height."""
         (x1, y1), (x2, y2) = self.points([(u1, v1), (u2, v2)])
+        x1, x2 = sorted((x1, x2))
+        y1, y2 = sorted((y1, y2))
         tint = self.tint(colour, shade)
         self.draw.ellipse((x1, y1, x2, y2), None if ring else tint, tint, max(1, round(ring * (y2 - y1))))
 
     def line(self, points, colour, width, shade=1.0):
         """A line through all points; width: as a share of the box's height."""
-        thick = max(1, round(width * (self.frame[3] - self.frame[1]) * self.size))
+        _, top, bottom = self.start
+        thick = max(1, round(width * (bottom - top) * self.size))
         self.draw.line(self.points(points), self.tint(colour, shade), thick)
 
     def panel(self, xs, low, high, zs, colour, shade=1.0):
@@ -430,7 +459,7 @@ class Brush:
         # What lies outside the picture or is narrower than a pixel is not drawn.
         if max(u1, u2) < 0 or min(u1, u2) > 1 or abs(u1 - u2) < 1 / self.size:
             return
-        self.within(self.frame, (zs[0] + zs[1]) / 2)
+        self.far((zs[0] + zs[1]) / 2)
         upper = [project(self.spec, x, high, z) for x, z in zip(xs, zs)]
         self.poly(lower + upper[::-1], colour, shade)
 
@@ -574,6 +603,7 @@ def draw_bicycle(b, o, rng):
         b.line([(0.02, 0.14), (0.10, 0.07), (0.90, 0.07), (0.98, 0.14)], METAL, 0.05)
         b.oval(0.30, 0.08, 0.70, 0.22, DARK)                     # the saddle
         b.line([(0.18, 0.74), (0.82, 0.74)], METAL, 0.05)        # the pedals
+        b.oval(0.36, 0.26, 0.64, 0.42, lamp_of(o))
         return
     hub = (0.19, 0.71)
     front = (0.81, 0.71)
@@ -609,10 +639,11 @@ def draw_motorcycle(b, o, rng):
 def draw_rider(b, o, rng):
     """A person on a bicycle or motorcycle, which fills the lower 60% of the box."""
     # The vehicle is drawn in its own part of the box, the person in all of it.
-    whole = b.frame
-    category, b.frame = part_boxes(o, whole)[1]
+    whole = face_box(b.spec, o, o["z"])
+    category, lower = part_boxes(o, whole)[1]
+    b.within(lower, o["z"])
     DRAW[category](b, o, rng)
-    b.frame = whole
+    b.within(whole, o["z"])
     shirt = rng.choice(CLOTHES)
     legs = rng.choice(CLOTHES)
     helmet = rng.choice(PAINTS)
@@ -738,21 +769,18 @@ def draw_flank(b, spec, o):
     """The side of a vehicle that the camera sees past its near face."""
     # The side that is nearer to the camera's way; none if the vehicle stands in it.
     x = min(max(0.0, o["x"] - o["w"] / 2), o["x"] + o["w"] / 2)
-
-    def panel(start, end, low, high, colour, shade):
-        zs = [o["z"] + share * o["d"] for share in (start, end)]
-        b.panel((x, x), low * o["h"], high * o["h"], zs, colour, shade)
-
-    if o["kind"] == "car":
-        panel(0.0, 0.8, 0.55, 1.0, o["colour"], 0.75)
-        panel(0.06, 0.75, 0.6, 0.92, GLASS, 0.8)
-        panel(0.0, 1.0, 0.15, 0.62, o["colour"], 0.75)
-    else:
-        panel(0.0, 1.0, 0.12, 1.0, o["colour"], 0.75)
-        if o["kind"] == "bus":
-            panel(0.03, 0.97, 0.48, 0.85, GLASS, 1.0)
-    for start in (0.14, 0.7):
-        panel(start, start + 0.16, 0.0, 0.3, TYRE, 1.0)
+    ends = []
+    for z in (o["z"], o["z"] + o["d"]):
+        u, bottom = project(spec, x, 0, z)
+        ends.append((u, project(spec, x, o["h"], z)[1], bottom))
+    if abs(ends[0][0] - ends[1][0]) * b.size < 2:
+        return
+    # A vehicle that is seen from the side looks to the right.
+    if o["facing"] == "front":
+        ends.reverse()
+    b.between(*ends, o["z"] + o["d"] / 2)
+    darker = tuple(0.75 * c for c in o["colour"])
+    DRAW[o["kind"]](b, dict(o, facing="side", colour=darker), random.Random(o["look"]))
 
 
 def draw_building(b, spec, rng, x, side, z1, z2):
@@ -780,7 +808,7 @@ def draw_building(b, spec, rng, x, side, z1, z2):
 
 
 def draw_tree(b, spec, rng, x, z):
-    b.within(b.frame, z)
+    b.far(z)
     u, v = project(spec, x, 0, z)
     metre = spec["focal"] / z                                    # in shares of the picture
     up = SQUEEZE * metre

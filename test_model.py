@@ -111,16 +111,16 @@ def small_run(drawn, out, **changes):
     return config.check(changed(drawn.cfg, **{**SMALL, "out_dir": str(out), **changes}))
 
 
-def box(category, centre=64.0, bottom=75.0, width=16.0, height=16.0, colour="none"):
-    """A label by hand. At 128 pixels, left is below 38, ahead 47 to 81, right above 90; near is a bottom above 93,
-    far one below 80."""
+def box(category, centre=64.0, bottom=75.0, width=16.0, height=24.0, colour="none"):
+    """A label by hand. At 128 pixels, left is below 38, ahead 47 to 81, right above 90; near is a bottom above 93 and
+    a height from 21.76 on, far a bottom below 76 and a height up to 35.84."""
     edges = dict(x1=centre - width / 2, y1=bottom - height, x2=centre + width / 2, y2=bottom)
     return dict(category=category, box2d=edges, attributes=dict(trafficLightColor=colour))
 
 
 def between(x1, x2, category="truck", bottom=110.0, **more):
     """A label by its edges. Thirds end at 42.67 and 85.33: 15% of one is 6.4 pixels, half of one 21.33."""
-    return box(category, centre=(x1 + x2) / 2, width=x2 - x1, bottom=bottom, **more)
+    return box(category, centre=(x1 + x2) / 2, width=x2 - x1, bottom=bottom, **{"height": 32.0, **more})
 
 
 def lamp(colour, **where):
@@ -839,13 +839,32 @@ def test_what_is_small_or_almost_covered_is_ambiguous():
     for tiny_car in (box("car", width=7.9, centre=20), box("car", height=5, centre=20)):
         assert ask("exists", "car", labels=[tiny_car]) == UNSURE
         assert ask("exists", "car", labels=[tiny_car, box("car", centre=100)]) == TRUE
+    # What is told by its details, and what the picture cuts, must be larger.
+    for category, least in (("pedestrian", 8), ("rider", 10), ("motorcycle", 12), ("bus", 14)):
+        for width, centre, truth in ((least, 20, TRUE), (least - 0.1, 20, UNSURE),
+                                     (2 * least, least, TRUE), (2 * least - 0.1, 128 - least, UNSURE)):
+            seen = box(category, width=width, centre=centre, height=30)
+            assert ask("exists", category, labels=[seen]) == truth, (category, width, centre)
     car = box("car", centre=64, bottom=80, width=32, height=24)
-    for share, truth in ((0.5, TRUE), (0.75, UNSURE)):
+    for share, truth in ((0.55, TRUE), (0.7, UNSURE)):
         cover = box("truck", centre=48 + 16 * share, bottom=110, width=32 * share, height=70)
         assert ask("exists", "car", labels=[car, cover]) == truth
+    small = box("car", centre=64, bottom=80, width=10, height=10)
+    for share, truth in ((0.2, TRUE), (0.5, UNSURE)):                      # 100 pixels, and 64 of them must be seen
+        cover = box("truck", centre=59 + 5 * share, bottom=110, width=10 * share, height=70)
+        assert ask("exists", "car", labels=[small, cover]) == truth
     behind = box("truck", centre=64, bottom=78, width=60, height=60)       # higher in the picture: farther
     sign = box("traffic sign", centre=64, bottom=90, width=60, height=60)  # it hangs: farther, however low
     assert ask("exists", "car", labels=[car, behind, sign]) == TRUE
+
+
+def test_what_is_not_told_with_certainty_may_be_what_is_like_it():
+    for categories in (("truck", "bus"), ("rider", "pedestrian"), ("bicycle", "motorcycle")):
+        for one, other in itertools.permutations(categories):
+            small, large = box(one, width=5, centre=20), box(one, width=20, centre=20)
+            assert ask("exists", other, labels=[small]) == ask("exists_at", other, "left", [small]) == UNSURE
+            assert ask("exists_at", other, "right", [small]) == ask("exists", other, labels=[large]) == FALSE
+            assert ask("exists", "car", labels=[small]) == FALSE
 
 
 def test_places_are_thirds_and_near_is_low_or_large_with_ambiguous_borders():
@@ -854,8 +873,11 @@ def test_places_are_thirds_and_near_is_low_or_large_with_ambiguous_borders():
         label = box("car", centre=centre)
         assert tuple(ask("exists_at", "car", place, [label]) for place in commands.PLACES) == truths, centre
         assert ask("exists", "car", labels=[label]) == TRUE
-    for bottom, truth in ((80, FALSE), (81, UNSURE), (92, UNSURE), (93, TRUE)):
+    for bottom, truth in ((76, FALSE), (77, UNSURE), (92, UNSURE), (93, TRUE)):
         assert ask("near", "car", labels=[box("car", bottom=bottom)]) == truth, bottom
+    # The height may contradict the lower edge.
+    for bottom, height, text in ((110, 22, "near ahead"), (110, 21, "ahead"), (70, 35, "far ahead"), (70, 36, "ahead")):
+        assert commands.describe(view_of(box("bus", bottom=bottom, height=height)), 4) == f"a bus {text}", height
     for height, text in ((21, "a traffic sign far ahead"), (22, "a traffic sign ahead"), (29, "a traffic sign ahead"),
                          (30, "a traffic sign near ahead")):
         assert commands.describe(view_of(box("traffic sign", bottom=50, height=height)), 4) == text
@@ -882,7 +904,7 @@ def test_an_object_is_where_its_centre_is_and_perhaps_in_each_third_that_it_reac
     ([between(22, 63)], (UNSURE, UNSURE, FALSE)), ([between(20, 65)], (TRUE, TRUE, FALSE)),    # centres at a border
     ([between(60, 68, "pedestrian")], (FALSE, TRUE, FALSE)),
     ([between(60, 67.9, "pedestrian")], (FALSE, UNSURE, FALSE)),                               # too small to be certain
-    ([between(0, 128, bottom=80)], (UNSURE, UNSURE, UNSURE)), ([between(54, 74, bottom=80)], (FALSE, FALSE, FALSE)),
+    ([between(0, 128, bottom=76)], (UNSURE, UNSURE, UNSURE)), ([between(54, 74, bottom=76)], (FALSE, FALSE, FALSE)),
     ([between(45, 128, bottom=92)], (FALSE, UNSURE, UNSURE)),
     ([between(0, 128, "traffic sign", height=40)], (FALSE, FALSE, FALSE)),
     ([between(0, 55.5)], (TRUE, UNSURE, FALSE)), ([between(0, 55.5), between(72.5, 128)], (TRUE, UNSURE, TRUE)),
@@ -905,7 +927,7 @@ def wide_scenes(count):
         ends = [sorted(rng.uniform(0, 128) for _ in range(2)) for _ in range(rng.randrange(4))]
         lights = [lamp(rng.choice(("red", "yellow", "green", "none")), centre=rng.uniform(8, 120))]
         yield lights[:rng.randrange(2)] + [
-            between(*x, rng.choice(commands.ROAD_USERS), rng.choice((80, 92, 110, 118))) for x in ends]
+            between(*x, rng.choice(commands.ROAD_USERS), rng.choice((76, 92, 110, 118))) for x in ends]
 
 
 def test_two_road_users_that_fill_half_of_the_way_ahead_together_never_leave_it_free():
@@ -1033,7 +1055,7 @@ def test_a_question_knows_its_parts_and_every_pair_is_asked_in_one_order():
 
 
 def test_a_description_lists_certain_objects_nearest_first():
-    labels = [box("car", bottom=80), box("bus", centre=20, bottom=115), lamp("red", height=38.0, centre=100.0),
+    labels = [box("car", bottom=76), box("bus", centre=20, bottom=115), lamp("red", height=38.0, centre=100.0),
               box("pedestrian", centre=100, bottom=105), box("truck", centre=64, bottom=60, width=5)]
     text = "a red light near on the right , a bus near on the left , a pedestrian near on the right , a car far ahead"
     assert commands.describe(view_of(*labels), 9) == text
@@ -1072,7 +1094,7 @@ def test_where_is_asked_of_what_is_certainly_there_or_not():
     drawn_items = [commands.where_items(0, view, random.Random(seed)) for seed in range(300)]
     assert {len({item["first"] for item in items}) - len(items) for items in drawn_items} == {0}
     found = {item["first"]: item for items in drawn_items for item in items}
-    assert set(found) == set(CATEGORIES) - {"bus"}
+    assert set(found) == set(CATEGORIES) - {"bus", "truck"}        # such a bus may be a truck
     assert {c for c, item in found.items() if not item["reason"].startswith("no ")} == {"car"}
     assert found["car"]["reason"] == commands.positive(view, "car") and found["car"]["family"] == "describe"
     assert all(set(item["command"].split()) & commands.NAMED[c] for c, item in found.items())
@@ -1196,7 +1218,7 @@ def test_twins_change_only_what_they_edit_and_flip_the_answer_or_keep_it(drawn):
     cfg, size, kinds = drawn.cfg, drawn.cfg.image_size, set()
     twins = [json.loads(line) for line in Path(cfg.data_dir, "twins.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(twins) == sum(item["answer"] is not None for item in drawn.items["test"])
-    assert sum(twin["flip"] is not None for twin in twins) > 0.75 * len(twins)
+    assert sum(twin["flip"] is not None for twin in twins) > 0.7 * len(twins)
     for n, twin in enumerate(twins):
         item = drawn.items["test"][twin["item"]]
         spec = prepare.sample_scene(Path(drawn.frames[item["picture"]]["name"]).stem, cfg)
@@ -1221,6 +1243,10 @@ def test_twins_change_only_what_they_edit_and_flip_the_answer_or_keep_it(drawn):
 def test_nothing_can_be_near_and_far():
     for near, far in (("near_line", "far_line"), ("near_height", "far_height")):
         refuses(lambda: config.check(changed(DEFAULTS, **{near: 0.3, far: 0.4})), f"{far}=0.4 is above {near}=0.3")
+
+
+def test_two_road_users_that_leave_no_room_together_always_count():
+    refuses(lambda: config.check(changed(DEFAULTS, maybe_share=0.3)), "block_share=0.5 is below twice maybe_share=0.3")
 
 
 def test_traffic_keeps_to_the_right_in_its_lanes_and_no_pole_stands_on_the_road():
@@ -2595,7 +2621,7 @@ def test_breakdowns_sum_to_all_questions(tested):
     for name, groups in found.items():
         total = sum(len(q.objects) for q in tested.questions) if name == "object" else n
         assert sum(row["n"] for row in groups.values()) == total, name
-    assert list(found["words"]) == ["0-4", "5-6", "7-8", "9-10", "11+"]
+    assert list(found["words"]) == ["0-4", "5-6", "7-8", "9+"]
     for name, group, member in (
             ("words", "5-6", lambda i: len(tokenizer.split_words(tested.items[i]["command"])) in (5, 6)),
             ("object", "bus", lambda i: "bus" in tested.items[i]["command"].split()),
