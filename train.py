@@ -49,7 +49,7 @@ from config import UserError
 from model import VLM, WordTagger, as_rows, autocast, pick_device, pick_dtype
 from tokenizer import IGNORE, NO, YES, Tokenizer
 
-FORMAT = 3                    # of checkpoints
+FORMAT = 4                    # of checkpoints
 # What of a checkpoint only training needs.
 PROGRESS = ("tagger", "optimizer", "scaler", "best", "since_best", "top", "unlogged")
 # Sections of config.py whose settings shape what is trained: a resumed run may change only the others, and how long it
@@ -429,6 +429,9 @@ def predict(model, data, cfg, dtype, limit=0):
     """
     model.eval()
     rank, ranks = processes()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():                      # statistics of norms, which each process gathers alone
+            summed(buffer).div_(ranks)
     rows = np.flatnonzero(data.index[:, 3] >= 0)
     if not len(rows):
         return rows, np.zeros(0)
