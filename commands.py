@@ -28,9 +28,9 @@ HANGING = ("traffic light", "traffic sign")    # nearness shows in their height:
 CATEGORIES = ROAD_USERS + HANGING
 LIGHTS = tuple(f"{colour} light" for colour in COLOURS)
 # Words for a category in commands. The first is the canonical one, used in every reason. No word may mean more than the
-# category: a rider is a person too, not every rider is a cyclist, and a bike may be a motorcycle.
+# category, or less: not every rider is a cyclist, a bike may be a motorcycle, and a pick-up truck is no lorry.
 NOUNS = {
-    "car": ("car", "passenger car"), "truck": ("truck", "lorry"), "bus": ("bus", "city bus"),
+    "car": ("car", "passenger car"), "truck": ("truck",), "bus": ("bus", "city bus"),
     "train": ("train", "tram"), "pedestrian": ("pedestrian",), "rider": ("rider",),
     "bicycle": ("bicycle",), "motorcycle": ("motorcycle", "motorbike"),
     "traffic light": ("traffic light", "traffic signal", "stoplight"),
