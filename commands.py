@@ -619,15 +619,15 @@ def choose(table, cfg, rng, shares=None):
 
     table: (pictures, questions) int8 truths of one split. At most cfg.commands_stored pairs are picked for a picture,
     half of them YES. rng: numpy Generator. shares: {index of a question: its share of all commands}, by default
-    template_shares(table). Returns (pictures, questions) index arrays.
+    template_shares(table). Returns (pictures, questions) index arrays, ordered by picture.
 
     For every question as many YES as NO are taken, so that the question alone tells nothing. Pictures that have too
     few commands of an answer come first for it, so that pictures end up half YES and the picture alone tells nothing.
     """
     pictures, half = len(table), cfg.commands_stored // 2
-    shares = template_shares(table) if shares is None else shares
+    shares = shares or template_shares(table)
     load = {FALSE: np.zeros(pictures, int), TRUE: np.zeros(pictures, int)}
-    picked = [np.zeros((0, 2), int)]
+    picked = np.zeros(table.shape, bool)
     # The rarest questions choose first, while all pictures still have room.
     order = sorted(shares, key=lambda q: min((table[:, q] == TRUE).sum(), (table[:, q] == FALSE).sum()))
     for q in order:
@@ -643,10 +643,8 @@ def choose(table, cfg, rng, shares=None):
             first = np.lexsort((rng.random(len(own)), own, surplus))[:n]
             chosen = rows[answer][first]
             load[answer][chosen] += 1
-            picked.append(np.stack([chosen, np.full(n, q)], 1))
-    pairs = np.concatenate(picked)
-    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-    return pairs[:, 0], pairs[:, 1]
+            picked[chosen, q] = True
+    return picked.nonzero()
 
 
 # ---- finished commands ----
