@@ -166,7 +166,7 @@ class View:
         self.objects.sort(key=lambda thing: -thing.closeness)
         self.light = self._light()
         self.there = {category: self.exists(category) for category in CATEGORIES}
-        self.there.update({f"{colour} light": self.shows(colour) for colour in COLOURS})
+        self.there.update(zip(LIGHTS, map(self.shows, COLOURS)))
 
     def _light(self):
         lights = [o for o in self.objects if o.category == "traffic light"]
@@ -235,25 +235,27 @@ def whereabouts(thing):
     return f"{distance} {AT.get(thing.place, '')}".strip() or "in view"
 
 
-def positive(view, category, place=None, near=None):
-    """The reason that such an object is there: names the nearest one that certainly is."""
-    nearest = view.certain(category, place, near)[0]
-    return f"{article(NOUNS[category][0])} is {whereabouts(nearest)}"
-
-
-def negative(view, category, place=None, near=None):
-    """The reason that no such object is there; it adds where one is instead, if one certainly is."""
-    distance = "near" if near else ""
-    asked = f"{distance} {AT.get(place, '')}".strip() or "in view"
-    text = f"no {NOUNS[category][0]} is {asked}"
-    others = [o for o in view.certain(category) if o.place]
-    if (place or near) and others:
-        text += f" , one is {whereabouts(others[0])}"
-    return text
-
-
 def light_words(view):
     return "no light is in view" if view.light == "none" else f"the light is {view.light}"
+
+
+def claim(view, name, place=None, near=None):
+    """What is true about `name`, a category or one of LIGHTS, in words: where the nearest one is, or that none is.
+
+    It must be certain; arguments as in View.matching. It adds where one is instead, if one certainly is.
+    """
+    if name in LIGHTS:
+        return light_words(view)
+    noun = NOUNS[name][0]
+    found = view.certain(name, place, near)
+    if found:
+        return f"{article(noun)} is {whereabouts(found[0])}"
+    distance = "near" if near else ""
+    asked = f"{distance} {AT.get(place, '')}".strip() or "in view"
+    others = [o for o in view.certain(name) if o.place]
+    # Without a place or distance, certain others would have been found.
+    instead = f" , one is {whereabouts(others[0])}" if others else ""
+    return f"no {noun} is {asked}{instead}"
 
 
 def describe(view, limit, place=None):
@@ -383,10 +385,6 @@ class Question(namedtuple("Question", "template first second")):
         return self.first if self.first in CATEGORIES else ""
 
     @property
-    def colour(self):
-        return self.first if self.first in COLOURS else ""
-
-    @property
     def side(self):
         """The place to turn to, to change to, or to be clear; "" for other templates."""
         return self.first if self.first in PLACES else ""
@@ -411,17 +409,16 @@ class Question(namedtuple("Question", "template first second")):
 
     @property
     def held_out(self):
-        return tuple(self) in HELD_OUT
+        return self in HELD_OUT
 
     def asked(self):
-        """Category, place and nearness of the first object, as the keyword arguments of View.matching."""
-        near = True if self.template == "near" else None
-        return dict(category=self.category, place=self.place or None, near=near)
+        """Where the first object must be: the arguments `place` and `near` of View.matching."""
+        return self.place or None, True if self.template == "near" else None
 
     def truth(self, view):
         """FALSE, UNSURE or TRUE, from the rules of the template."""
         if self.template == "light":
-            return view.shows(self.colour)
+            return view.shows(self.first)
         if self.other:
             a = view.there[self.category]
             b = view.there[self.other]
@@ -431,7 +428,7 @@ class Question(namedtuple("Question", "template first second")):
                 return max(a, b)
             return min(a, 2 - b)
         if self.category:
-            return view.exists(**self.asked())
+            return view.exists(self.category, *self.asked())
         blocked = max(view.blocked(place) for place in self.ways())
         if self.obeys_light():
             blocked = max(blocked, view.shows("red"), view.shows("yellow"))
@@ -453,8 +450,7 @@ class Question(namedtuple("Question", "template first second")):
     def evidence(self, view):
         """[Thing] that make the answer YES: the objects asked about that are certainly there, lights of any colour."""
         names = self.objects[:1] if self.template == "and_no" else self.objects
-        asked = self.asked()
-        return [o for name in names for o in view.certain(name, asked["place"], asked["near"])]
+        return [o for name in names for o in view.certain(name, *self.asked())]
 
     def reason(self, view):
         """Short true reason for the (certain) answer, made from the rule that gave it."""
@@ -464,7 +460,7 @@ class Question(namedtuple("Question", "template first second")):
         if self.other:
             return self._reason_of_two(view, yes)
         if self.category:
-            return (positive if yes else negative)(view, **self.asked())
+            return claim(view, self.category, *self.asked())
         # Only "stop" is answered YES when something blocks the way.
         return self._reason_of_way(view, blocked=yes == (self.template == "stop"))
 
@@ -490,22 +486,15 @@ class Question(namedtuple("Question", "template first second")):
     def words(self, rng, paraphrase=None):
         """The command in words; `paraphrase`: index into the template's, by default drawn from the trained ones."""
         forms = TEMPLATES[self.template].paraphrases
-        form = forms[rng.randrange(len(forms) - 1) if paraphrase is None else paraphrase]
-        fill = dict(d=self.side, side=SIDE.get(self.side, ""))
-        fill["c"] = rng.choice(COLOUR_WORDS.get(self.colour, ("",)))
+        form = rng.choice(forms[:-1]) if paraphrase is None else forms[paraphrase]
+        fill = dict(d=self.first, side=SIDE.get(self.first))
+        fill["c"] = rng.choice(COLOUR_WORDS.get(self.first, ("",)))
         fill["at"] = rng.choice(PLACE_WORDS.get(self.second, ("",)))
         for name, with_article, bare in ((self.category, "a", "n"), (self.other, "b", "m")):
             if name:
                 fill[bare] = rng.choice(NOUNS[name]) if name in NOUNS else name
                 fill[with_article] = article(fill[bare])
         return form.format(**fill)
-
-
-def claim(view, name):
-    """What is true about `name`, a category or one of LIGHTS, in words. It must be certain."""
-    if name in LIGHTS:
-        return light_words(view)
-    return positive(view, name) if view.there[name] == TRUE else negative(view, name)
 
 
 def question_of(item):

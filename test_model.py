@@ -1042,12 +1042,12 @@ def test_the_evidence_is_what_makes_the_answer_yes():
 
 
 def test_a_question_knows_its_parts_and_every_pair_is_asked_in_one_order():
-    for cell, parts in ((("exists_at", "car", "left"), ("car", "", "", "", "left")),
-                        (("light", "red", ""), ("", "red", "", "", "")), (("stop", "", ""), ("", "", "", "", "")),
-                        (("turn", "right", ""), ("", "", "right", "", "right")),
-                        (("and_no", "bus", "red light"), ("bus", "", "", "red light", ""))):
+    for cell, parts in ((("exists_at", "car", "left"), ("car", "", "", "left")),
+                        (("light", "red", ""), ("", "", "", "")), (("stop", "", ""), ("", "", "", "")),
+                        (("turn", "right", ""), ("", "right", "", "right")),
+                        (("and_no", "bus", "red light"), ("bus", "", "red light", ""))):
         q = commands.question_of(dict(zip(("template", "first", "second"), cell)))
-        assert (q.category, q.colour, q.side, q.other, q.place) == parts and q in QUESTIONS
+        assert (q.category, q.side, q.other, q.place) == parts and q in QUESTIONS
     assert len(set(QUESTIONS)) == len(QUESTIONS) and {"rider", "traffic sign"} < set(commands.PAIRED)
     for a, b in itertools.permutations(commands.PAIRED, 2):
         assert Question("and_no", a, b) in QUESTIONS
@@ -1100,7 +1100,7 @@ def test_where_is_asked_of_what_is_certainly_there_or_not():
     found = {item["first"]: item for items in drawn_items for item in items}
     assert set(found) == set(CATEGORIES) - {"bus", "truck"}        # such a bus may be a truck
     assert {c for c, item in found.items() if not item["reason"].startswith("no ")} == {"car"}
-    assert found["car"]["reason"] == commands.positive(view, "car") and found["car"]["family"] == "describe"
+    assert found["car"]["reason"] == commands.claim(view, "car") and found["car"]["family"] == "describe"
     assert all(set(item["command"].split()) & commands.NAMED[c] for c, item in found.items())
 
 
