@@ -324,17 +324,13 @@ def face_box(spec, o, z):
 
 def object_box(spec, o):
     """(x1, y1, x2, y2) of an object in shares of the picture, not clipped: of its near and its far face together."""
-    near = face_box(spec, o, o["z"])
-    if not o["d"]:
-        return near
-    far = face_box(spec, o, o["z"] + o["d"])
-    return min(near[0], far[0]), min(near[1], far[1]), max(near[2], far[2]), max(near[3], far[3])
+    lefts, tops, rights, bottoms = zip(*(face_box(spec, o, z) for z in (o["z"], o["z"] + o["d"])))
+    return min(lefts), min(tops), max(rights), max(bottoms)
 
 
-def clipped(box, bottom=1.0):
-    """A box cut at the borders of the picture, and at `bottom`."""
-    x1, y1, x2, y2 = box
-    return max(0.0, min(x1, 1.0)), max(0.0, min(y1, bottom)), max(0.0, min(x2, 1.0)), max(0.0, min(y2, bottom))
+def clipped(box, width=1.0, height=1.0):
+    """A box cut at the borders of a picture of this size."""
+    return [min(max(v, 0.0), side) for v, side in zip(box, (width, height, width, height))]
 
 
 def area(box):
@@ -360,7 +356,7 @@ def scene_frame(spec, cfg):
     labels = []
     for o in sorted(spec["objects"], key=lambda o: -o["z"]):
         for category, box in part_boxes(o, object_box(spec, o)):
-            inside = clipped(box, 1 - spec["bonnet"])
+            inside = clipped(box, height=1 - spec["bonnet"])
             share = area(inside) / area(box)
             # No annotator would draw a box around what has nearly left the picture.
             if share < 0.15 or min(inside[2] - inside[0], inside[3] - inside[1]) * size < 2:
@@ -1128,19 +1124,18 @@ def lamp_colour(given):
 
 def fit_record(record, width, height, size):
     """A clean record with its boxes cut to the picture (width, height) and scaled to `size`, and new problems."""
-    sides = (width, height, width, height)
     labels = []
     problems = []
     for label in record["labels"]:
         edges = [label["box2d"][k] for k in EDGES]
         # Boxes of BDD100K reach to the border of the picture, some beyond.
-        x1, y1, x2, y2 = cut = [min(max(v, 0), side) for v, side in zip(edges, sides)]
+        x1, y1, x2, y2 = clipped(edges, width, height)
         # Written so that "not a number" fails too.
         if not (x1 < x2 and y1 < y2):
             reason = f"{label['category']} {edges} in {width}x{height}"
             problems.append(("label", "box empty, inverted or outside the picture", reason))
             continue
-        scaled = [round(v * size / side, 2) for v, side in zip(cut, sides)]
+        scaled = [round(v * size / side, 2) for v, side in zip((x1, y1, x2, y2), (width, height, width, height))]
         labels.append(dict(label, box2d=dict(zip(EDGES, scaled))))
     return dict(record, labels=labels), problems
 
