@@ -56,8 +56,8 @@ SIDE = {"left": "left", "ahead": "way ahead", "right": "right"}
 
 # certain: TRUE or UNSURE; place: left, ahead, right, or None near a border; places: all places where it may be;
 # fills: places that it blocks by its width alone, if it is a near road user; near: a truth; closeness: above 1 is near,
-# and larger is nearer; colour: of a traffic light; label: index in the frame
-Thing = namedtuple("Thing", "category certain place places fills near closeness colour label")
+# and larger is nearer; colour: of a traffic light; share: of its box, that no nearer box covers; label: index in frame
+Thing = namedtuple("Thing", "category certain place places fills near closeness colour share label")
 
 
 def visible_shares(boxes, categories, size):
@@ -162,7 +162,8 @@ class View:
             fills = [p for p in PLACES if covers[p] > cfg.block_share]
             near, closeness = nearness(label["category"], y1, y2, size, cfg)
             colour = label.get("attributes", {}).get("trafficLightColor", "none")
-            self.objects.append(Thing(label["category"], certain, place, places, fills, near, closeness, colour, index))
+            self.objects.append(Thing(label["category"], certain, place, places, fills, near, closeness, colour, share,
+                                      index))
         self.objects.sort(key=lambda thing: -thing.closeness)
         self.light = self._light()
         self.there = {category: self.exists(category) for category in CATEGORIES}

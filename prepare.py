@@ -187,18 +187,15 @@ def strips(spec, where):
     """
     left, yellow, right = spec["left"], spec["yellow"], spec["right"]
     parking = SCENERY[spec["scene"]].parking
-    if where == "ours":
-        return [(x - 0.4, x + 0.4, "rear") for x in lane_middles(yellow, right - parking)]
-    if where == "oncoming":
-        return [(x - 0.4, x + 0.4, "front") for x in lane_middles(left + parking, yellow)]
-    if where == "parked":
-        return [(left + 1.1, left + 1.3, "front"), (right - 1.3, right - 1.1, "rear")] if parking else []
-    if where == "pavement":
-        return [(left - 2.6, left - 0.5, "side"), (right + 0.5, right + 2.6, "side")]
-    if where == "kerb":
-        return [(left - 1.2, left - 0.7, "front"), (right + 0.7, right + 1.2, "front")]
     # Across the whole street: at a crossing, or hung over the road
-    return [(left - 3, right + 3, "side")]
+    across = [(left - 3, right + 3, "side")]
+    return {
+        "ours": [(x - 0.4, x + 0.4, "rear") for x in lane_middles(yellow, right - parking)],
+        "oncoming": [(x - 0.4, x + 0.4, "front") for x in lane_middles(left + parking, yellow)],
+        "parked": [(left + 1.1, left + 1.3, "front"), (right - 1.3, right - 1.1, "rear")] if parking else [],
+        "pavement": [(left - 2.6, left - 0.5, "side"), (right + 0.5, right + 2.6, "side")],
+        "kerb": [(left - 1.2, left - 0.7, "front"), (right + 0.7, right + 1.2, "front")],
+    }.get(where, across)
 
 
 def lane_middles(x1, x2):
@@ -351,7 +348,7 @@ def part_boxes(o, box):
 
 
 def scene_frame(spec, cfg):
-    """The BDD100K-format record of a spec, boxes in pixels of the drawn picture; mark_occluded() adds what it lacks."""
+    """The BDD100K-format record of a spec, boxes in pixels of the drawn picture; finish() adds what it lacks."""
     size = cfg.image_size
     labels = []
     for o in sorted(spec["objects"], key=lambda o: -o["z"]):
@@ -386,10 +383,10 @@ class Brush:
         self.light, self.air = HOURS[spec["timeofday"]]
         if spec["weather"] != "clear":
             self.air = [air * part for air, part in zip(AIR, self.light)]
-        self.within((0.0, 0.0, 1.0, 1.0), 0.0)
+        self.within()
 
-    def within(self, box, z):
-        """Draw in shares of `box` from now on, with the haze of distance z."""
+    def within(self, box=(0.0, 0.0, 1.0, 1.0), z=0.0):
+        """Draw in shares of `box` from now on, with the haze of distance z; by default the whole picture, without."""
         x1, y1, x2, y2 = box
         self.between((x1, y1, y2), (x2, y1, y2), z)
 
@@ -418,7 +415,7 @@ class Brush:
 
     def fade(self, v1, v2, z):
         """Cover the rows from v1 to v2 of the picture with the haze of distance z."""
-        self.within((0.0, 0.0, 1.0, 1.0), z)
+        self.far(z)
         air = tuple(map(int, self.air)) + (int(255 * self.blend),)
         top, bottom = round(v1 * self.size), round(v2 * self.size)
         if top < bottom:
@@ -828,7 +825,7 @@ def draw_pole(b, spec, o):
 def draw_bonnet(b, spec):
     """The bonnet of the camera's own car at the lower edge of the picture."""
     rng = random.Random(spec["seed"] + 1)
-    b.within((0, 0, 1, 1), 0.0)
+    b.within()
     top = 1 - spec["bonnet"]
     b.oval(-0.25, top, 1.25, 1 + 2.5 * spec["bonnet"], rng.choice(PAINTS), rng.uniform(0.05, 0.9))
 
@@ -845,15 +842,13 @@ def draw_scene(spec, size):
     draw_background(b, spec, random.Random(spec["seed"]))
     sunny = spec["weather"] == "clear" and spec["timeofday"] == "daytime"
     for o in sorted(spec["objects"], key=lambda o: -o["z"]):
-        box = face_box(spec, o, o["z"])
-        x1, y1, x2, y2 = box
+        x1, _, x2, y2 = box = face_box(spec, o, o["z"])
         width = x2 - x1
-        b.within((0, 0, 1, 1), o["z"])
+        b.within()
         # What hangs has a pole; what stands in the sun has a shadow.
         if o["y"] > 0:
             draw_pole(b, spec, o)
         elif sunny:
-            b.blend = 0.0
             lean = spec["sun"] * width
             flat = 0.10 * width + 0.01
             left = x1 + min(lean, 0) + 0.05 * width
@@ -946,7 +941,7 @@ def propose_edit(spec, question, rng, cfg):
     objects = spec["objects"]
     # Questions about ways name no object: any road user may be in the way. No train is ever drawn.
     names = list(question.objects) or [c for c in commands.ROAD_USERS if c != "train"]
-    if question.family == "safety" and question.template != "change":
+    if question.obeys_light():
         names.append("traffic light")
     category = rng.choice(names)
     kind = KIND_OF.get(category, category)
@@ -1129,13 +1124,13 @@ def fit_record(record, width, height, size):
     for label in record["labels"]:
         edges = [label["box2d"][k] for k in EDGES]
         # Boxes of BDD100K reach to the border of the picture, some beyond.
-        x1, y1, x2, y2 = clipped(edges, width, height)
+        x1, y1, x2, y2 = cut = clipped(edges, width, height)
         # Written so that "not a number" fails too.
         if not (x1 < x2 and y1 < y2):
             reason = f"{label['category']} {edges} in {width}x{height}"
             problems.append(("label", "box empty, inverted or outside the picture", reason))
             continue
-        scaled = [round(v * size / side, 2) for v, side in zip((x1, y1, x2, y2), (width, height, width, height))]
+        scaled = [round(v * size / side, 2) for v, side in zip(cut, (width, height, width, height))]
         labels.append(dict(label, box2d=dict(zip(EDGES, scaled))))
     return dict(record, labels=labels), problems
 
@@ -1299,6 +1294,10 @@ def finish(frame, cfg, folder=""):
         elif split == "test":
             split = "train"
     view = View(frame, cfg)
+    # Labels of BDD100K tell this themselves.
+    if not folder:
+        for o in view.objects:
+            frame["labels"][o.label]["attributes"]["occluded"] = o.share < 0.7
     truths = commands.truths(view)
     seen = view.seen()
     relations = [f"{commands.noun_of(o)} {commands.whereabouts(o)}" for o in seen]
@@ -1307,21 +1306,11 @@ def finish(frame, cfg, folder=""):
     return truths
 
 
-def mark_occluded(frame, size):
-    """Add the attribute `occluded` to the labels of a drawn frame."""
-    # Twins are never stored and go without: it takes as long as the rest of a frame, and no rule reads it.
-    boxes = [list(label["box2d"].values()) for label in frame["labels"]]
-    shares = commands.visible_shares(boxes, [label["category"] for label in frame["labels"]], size)
-    for label, share in zip(frame["labels"], shares):
-        label["attributes"]["occluded"] = share < 0.7
-
-
 def draw_one(job):
     """(picture, frame, truths, problems) of a drawn scene; job: its name, settings."""
     name, cfg = job
     spec = sample_scene(name, cfg)
     frame = scene_frame(spec, cfg)
-    mark_occluded(frame, cfg.image_size)
     truths = finish(frame, cfg)
     return None if truths is None else draw_scene(spec, cfg.image_size), frame, truths, []
 
