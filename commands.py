@@ -145,8 +145,9 @@ class View:
         shares = visible_shares(boxes, [label["category"] for _, label in kept], size)
         self.objects = []
         for (index, label), (x1, y1, x2, y2), share in zip(kept, boxes, shares):
+            category = label["category"]
             width, height = x2 - x1, y2 - y1
-            least = cfg.min_pixels * DETAIL.get(label["category"], 1)
+            least = cfg.min_pixels * DETAIL.get(category, 1)
             # Half of an object tells less: what a side of the picture cuts must be twice as large.
             if x1 < 1 or x2 > size - 1:
                 least *= 2
@@ -160,10 +161,9 @@ class View:
             covers = {p: 3 * (min(x2 / size, (k + 1) / 3) - max(x1 / size, k / 3)) for k, p in enumerate(PLACES)}
             places = [p for p in PLACES if p in central or covers[p] > cfg.maybe_share]
             fills = [p for p in PLACES if covers[p] > cfg.block_share]
-            near, closeness = nearness(label["category"], y1, y2, size, cfg)
+            near, closeness = nearness(category, y1, y2, size, cfg)
             colour = label.get("attributes", {}).get("trafficLightColor", "none")
-            self.objects.append(Thing(label["category"], certain, place, places, fills, near, closeness, colour, share,
-                                      index))
+            self.objects.append(Thing(category, certain, place, places, fills, near, closeness, colour, share, index))
         self.objects.sort(key=lambda thing: -thing.closeness)
         self.light = self._light()
         self.there = {category: self.exists(category) for category in CATEGORIES}
@@ -352,7 +352,7 @@ HELD_OUT = {("exists_at", "bus", "ahead"), ("exists_at", "motorcycle", "ahead"),
 PAIRED = ("car", "truck", "bus", "pedestrian", "bicycle", "motorcycle", "rider", "traffic sign")
 
 
-class Question(namedtuple("Question", "template first second")):
+class Question(namedtuple("Question", "template first second", defaults=("", ""))):
     """One question without its wording, for example ("exists_at", "car", "left"); it is balanced on its own.
 
     template            first                                       second
@@ -469,8 +469,7 @@ class Question(namedtuple("Question", "template first second")):
         both_matter = yes != (self.template == "or")
         if both_matter:
             return claim(view, self.category) + " and " + claim(view, self.other)
-        decisive = TRUE if self.template == "or" else FALSE
-        first_decides = view.there[self.category] == decisive
+        first_decides = view.there[self.category] == (TRUE if yes else FALSE)
         return claim(view, self.category if first_decides else self.other)
 
     def _reason_of_way(self, view, blocked):
@@ -505,11 +504,11 @@ def question_of(item):
 
 def all_questions():
     """Every question, in a fixed order."""
-    cells = [Question("exists", c, "") for c in CATEGORIES] + [Question("near", c, "") for c in ROAD_USERS]
+    cells = [Question("exists", c) for c in CATEGORIES] + [Question("near", c) for c in ROAD_USERS]
     cells += [Question("exists_at", c, place) for c in CATEGORIES for place in PLACES]
-    cells += [Question("light", c, "") for c in COLOURS] + [Question("straight", "", ""), Question("stop", "", "")]
-    cells += [Question(t, side, "") for t in ("turn", "change") for side in ("left", "right")]
-    cells += [Question("clear", place, "") for place in PLACES]
+    cells += [Question("light", c) for c in COLOURS] + [Question("straight"), Question("stop")]
+    cells += [Question(t, side) for t in ("turn", "change") for side in ("left", "right")]
+    cells += [Question("clear", place) for place in PLACES]
     # "a and b" is "b and a", so one order is enough, but "a and no b" needs both.
     for i, a in enumerate(PAIRED):
         for b in PAIRED[i + 1:] + LIGHTS:
@@ -584,9 +583,7 @@ def _truth_of_clause(parts, noun, view):
     near = {"near": True, "far": False}.get(parts["near"])
     place = _PLACE.get(parts["at"])
     found = view.matching(_CATEGORY.get(noun, "traffic light"), place, near)
-    if noun in LIGHTS:
-        found = [(truth, o) for truth, o in found if noun_of(o) == noun]
-    there = max((truth for truth, _ in found), default=FALSE)
+    there = max((truth for truth, o in found if noun not in LIGHTS or noun_of(o) == noun), default=FALSE)
     return 2 - there if parts["no"] else there
 
 
@@ -616,7 +613,7 @@ def choose(table, cfg, rng, shares=None):
     """
     pictures, half = len(table), cfg.commands_stored // 2
     shares = shares or template_shares(table)
-    load = {FALSE: np.zeros(pictures, int), TRUE: np.zeros(pictures, int)}
+    load = np.zeros((3, pictures), int)            # how many are picked, by answer and picture
     picked = np.zeros(table.shape, bool)
     # The rarest questions choose first, while all pictures still have room.
     order = sorted(shares, key=lambda q: min((table[:, q] == TRUE).sum(), (table[:, q] == FALSE).sum()))
@@ -657,7 +654,7 @@ def describe_item(picture, view, rng, cfg, place=""):
     template = "describe_at" if place else "describe"
     form = rng.choice(DESCRIPTIONS[template][:-1])
     command = form.format(at=rng.choice(PLACE_WORDS.get(place, ("",))))
-    return make(picture, Question(template, place, ""), command, None, describe(view, cfg.max_describe, place or None))
+    return make(picture, Question(template, place), command, None, describe(view, cfg.max_describe, place or None))
 
 
 def where_items(picture, view, rng):
@@ -671,7 +668,7 @@ def where_items(picture, view, rng):
         noun = rng.choice(NOUNS[category])
         if view.there[category] != UNSURE:
             command = rng.choice(WHERE[:-1]).format(n=noun, a=article(noun))
-            items.append(make(picture, Question("where", category, ""), command, None, claim(view, category)))
+            items.append(make(picture, Question("where", category), command, None, claim(view, category)))
     return items
 
 
