@@ -33,7 +33,7 @@ import time
 import zlib
 from array import array
 from collections import Counter, namedtuple
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -224,11 +224,11 @@ def reaches(spec, about, scale, where, cfg):
     return min(near, z_far), max(far, height / cfg.close_height), z_seen
 
 
-def sample_object(rng, spec, kind, cfg, place=None, near=None, distances=None):
+def sample_object(rng, spec, kind, cfg, place="", near=None, distances=None):
     """A new object of `kind` that is clear of the others in `spec`, or None after a few tries.
 
-    place, near: where it must stand by the rules of commands.py; sampled when None. distances: the least and the
-    largest, instead of those that follow from `near`.
+    place, near: where it must stand by the rules of commands.py; sampled when not given. distances: the least and
+    the largest, instead of those that follow from `near`.
     """
     about = KINDS[kind]
     focal = spec["focal"]
@@ -259,7 +259,7 @@ def sample_object(rng, spec, kind, cfg, place=None, near=None, distances=None):
                 continue
             z = z_cross
         # Its place in the picture is drawn first, then one of the strips that lie there.
-        third = commands.PLACES.index(rng.choice(commands.PLACES) if place is None else place)
+        third = commands.PLACES.index(place or rng.choice(commands.PLACES))
         # Vehicles may be cut by the edges of the picture, what is narrow is not.
         beyond = (0.5 if about.length else -0.5) * width * focal / z
         borders = (0.02 - beyond, 1 / 3, 2 / 3, 0.98 + beyond)
@@ -400,11 +400,10 @@ class Brush:
         self.blend = 1 - math.exp(-self.haze * z)
 
     def points(self, points):
-        (x1, top1, bottom1), (x2, top2, bottom2) = self.start, self.end
         found = []
         for u, v in points:
-            top, bottom = top1 + u * (top2 - top1), bottom1 + u * (bottom2 - bottom1)
-            found.append(((x1 + u * (x2 - x1)) * self.size, (top + v * (bottom - top)) * self.size))
+            x, top, bottom = [a + u * (b - a) for a, b in zip(self.start, self.end)]
+            found.append((x * self.size, (top + v * (bottom - top)) * self.size))
         return found
 
     def tint(self, colour, shade):
@@ -887,7 +886,7 @@ def wet_road(image, spec):
 FALLING = {"rainy": (5, 44), "snowy": (1, 110)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def grain(size):
     """Noise for two pictures, drawn once: drawing it anew for every picture would take a third of the time."""
     return np.random.default_rng(0).standard_normal(2 * 3 * size * size, dtype=np.float32)
@@ -955,7 +954,7 @@ def propose_edit(spec, question, rng, cfg):
     elif action == "remove" and about:
         remove, add = [rng.choice(about)], []
     elif action == "add" and kind in KINDS:
-        remove, add = [], [sample_object(rng, spec, kind, cfg, question.place or None, rng.random() < 0.5)]
+        remove, add = [], [sample_object(rng, spec, kind, cfg, question.place, rng.random() < 0.5)]
     elif action == "move" and about:
         i = rng.choice(about)
         old = objects[i]
@@ -1030,17 +1029,15 @@ def stream_records(path, chunk=1 << 20):
             at = start.end()
             while True:
                 at = re.compile(r"[\s,]*").match(text, at).end()
-                if text[at:at + 1] == "]":
+                if text.startswith("]", at):
                     return
                 try:
                     record, at = decode(text, at)
                 except json.JSONDecodeError as error:
                     # Either the record continues in the next chunk, or it is broken. It is broken when the error is
                     # far from the end of what was read, or when no record could be as long as this one.
-                    if len(text) - error.pos > 1 << 22 or len(text) - at > 1 << 26:
-                        raise
                     new = file.read(max(chunk, len(text) - at))
-                    if not new:
+                    if not new or len(text) - error.pos > 1 << 22 or len(text) - at > 1 << 26:
                         raise
                     text = text[at:] + new
                     at = 0
@@ -1470,8 +1467,7 @@ def channel_statistics(path, splits, size):
     images = np.memmap(path, np.uint8, "r").reshape(-1, size, size, 3)
     # The first 2,000 say enough. Where nothing is for training, any picture will do.
     chosen = np.flatnonzero(splits == "train")[:2000].tolist() or [0]
-    means = np.zeros(3)
-    squares = np.zeros(3)
+    means, squares = np.zeros((2, 3))
     # One at a time: as floating-point numbers all of them would take gigabytes.
     for i in chosen:
         pixels = images[i].reshape(-1, 3) / 255
@@ -1500,7 +1496,7 @@ def write_commands(folder, stored, cfg):
     (folder / "vocab.json").write_text(json.dumps(tokenizer.words), encoding="utf-8")
     frames = Frames(folder / "frames.jsonl")
     report = dict(dropped={})
-    trained = {tuple(question) for question in QUESTIONS if not question.held_out}
+    trained = {question for question in QUESTIONS if not question.held_out}
     for name in SETS:
         # The held-out sets ask about the pictures of the test split.
         rows = np.flatnonzero(stored.splits == name.split("_")[0])
@@ -1559,7 +1555,7 @@ def packed(items, tokenizer):
 
 
 def _write_items(folder, name, items, tokenizer, cfg):
-    """Write a set of commands. Returns {(template, first, second)} of them, and their counts for the report."""
+    """Write a set of commands. Returns the set of their questions, and their counts for the report."""
     asked = set()
     families = Counter()
     templates = Counter()
@@ -1569,7 +1565,7 @@ def _write_items(folder, name, items, tokenizer, cfg):
         for item in items:
             file.write(json.dumps(item) + "\n")
             template = item["template"]
-            asked.add((template, item["first"], item["second"]))
+            asked.add(commands.question_of(item))
             families[item["family"]] += 1
             templates[template] += 1
             yes[template] += item["answer"] is True
@@ -1616,8 +1612,7 @@ def twins_of_one(job):
 
 def read_items(folder, name):
     """The finished commands of a set, as dicts."""
-    with open(Path(folder) / f"commands_{name}.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return list(Frames(Path(folder) / f"commands_{name}.jsonl"))
 
 
 def stored_images(cfg, meta):
