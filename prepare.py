@@ -415,7 +415,7 @@ class Brush:
     def fade(self, v1, v2, z):
         """Cover the rows from v1 to v2 of the picture with the haze of distance z."""
         self.far(z)
-        air = tuple(map(int, self.air)) + (int(255 * self.blend),)
+        air = (*map(int, self.air), int(255 * self.blend))
         top, bottom = round(v1 * self.size), round(v2 * self.size)
         if top < bottom:
             self.haze_draw.rectangle((0, top, self.size, bottom - 1), air)
@@ -451,7 +451,7 @@ class Brush:
         # What lies outside the picture or is narrower than a pixel is not drawn.
         if max(u1, u2) < 0 or min(u1, u2) > 1 or abs(u1 - u2) < 1 / self.size:
             return
-        self.far((zs[0] + zs[1]) / 2)
+        self.far(sum(zs) / 2)
         upper = [project(self.spec, x, high, z) for x, z in zip(xs, zs)]
         self.poly(lower + upper[::-1], colour, shade)
 
@@ -817,8 +817,9 @@ def draw_pole(b, spec, o):
     """The pole at the kerb that carries a light or a sign, with an arm over the road where it hangs there."""
     foot = o["x"] if o["x"] < spec["left"] else max(o["x"], spec["right"] + 0.5)
     middle = o["y"] + o["h"] / 2
-    b.panel((foot - 0.07, foot + 0.07), 0, middle, (o["z"], o["z"]), METAL, 0.7)
-    b.panel((o["x"], foot), middle - 0.07, middle + 0.07, (o["z"], o["z"]), METAL, 0.7)
+    zs = (o["z"], o["z"])
+    b.panel((foot - 0.07, foot + 0.07), 0, middle, zs, METAL, 0.7)
+    b.panel((o["x"], foot), middle - 0.07, middle + 0.07, zs, METAL, 0.7)
 
 
 def draw_bonnet(b, spec):
@@ -1063,10 +1064,9 @@ def labels_of(raw):
 
 
 def attributes_of(raw):
-    """{weather, timeofday, scene} of a raw record, "undefined" where it does not say."""
-    # Frames of a video have no attributes.
-    given = raw["attributes"] if isinstance(raw.get("attributes"), dict) else {}
-    return {k: given[k] if given.get(k) and isinstance(given[k], str) else "undefined" for k in BDD_VALUES}
+    """The attributes of a raw record or of one of its labels; frames of a video have none."""
+    given = raw.get("attributes")
+    return given if isinstance(given, dict) else {}
 
 
 def clean_record(raw):
@@ -1092,7 +1092,7 @@ def clean_record(raw):
         except (TypeError, KeyError, ValueError, OverflowError):
             problems.append(("label", "no box", f"{category}, box2d {str(box)[:80]}"))
             continue
-        given = label["attributes"] if isinstance(label.get("attributes"), dict) else {}
+        given = attributes_of(label)
         colour = lamp_colour(given.get("trafficLightColor")) if category == "traffic light" else "none"
         if colour not in (*commands.COLOURS, "none"):
             problems.append(("colour", "unknown colour", f"{category} {colour}"[:80]))
@@ -1104,7 +1104,9 @@ def clean_record(raw):
     # 2018, a file for each picture: the name comes without its ending.
     if name and not Path(name).suffix:
         name += ".jpg"
-    return dict(name=name, labels=labels, attributes=attributes_of(raw)), problems
+    given = attributes_of(raw)
+    conditions = {k: given[k] if given.get(k) and isinstance(given[k], str) else "undefined" for k in BDD_VALUES}
+    return dict(name=name, labels=labels, attributes=conditions), problems
 
 
 def lamp_colour(given):
@@ -1220,12 +1222,12 @@ def bdd_records(cfg):
                 continue
             listed += 1
             boxed = boxed or any(isinstance(label, dict) and label.get("box2d") for label in labels_of(raw))
-            attributes = attributes_of(raw)
-            found.update(f"{name} {value}" for name, value in attributes.items())
-            if any(values and attributes[name] not in values for name, values in filters.items()):
+            record, problems = clean_record(raw)
+            conditions = record["attributes"]
+            found.update(f"{name} {value}" for name, value in conditions.items())
+            if any(values and conditions[name] not in values for name, values in filters.items()):
                 continue
             kept += 1
-            record, problems = clean_record(raw)
             name = record["name"]
             if not name or name in names:
                 problems = [("frame", "duplicate name" if name else "no name", f"record {listed}, {file}")]
@@ -1362,14 +1364,12 @@ class Frames:
 
     def __init__(self, path):
         self.file = open(path, "rb")
-        self.starts = np.cumsum([0] + [len(line) for line in self.file])
+        self.starts = np.cumsum([0] + [len(line) for line in self.file])[:-1]
 
     def __len__(self):
-        return len(self.starts) - 1
+        return len(self.starts)
 
     def __getitem__(self, i):
-        if i >= len(self):
-            raise IndexError(i)
         self.file.seek(self.starts[i])
         return json.loads(self.file.readline())
 
@@ -1411,8 +1411,7 @@ def bdd_jobs(cfg, folder):
     """
     path = folder / "records.jsonl"
     with open(path, "w", encoding="utf-8") as file:
-        for record in bdd_records(cfg):
-            file.write(json.dumps(record) + "\n")
+        file.writelines(json.dumps(record) + "\n" for record in bdd_records(cfg))
     records = Frames(path)
     total = len(records)
     # A hundred pictures from all parts of the list tell which size is usual.
