@@ -602,11 +602,11 @@ def template_shares(table):
 
 
 def choose(table, cfg, rng, shares=None):
-    """Pick (picture, question) pairs so that answers give nothing away.
+    """Pick the questions of each picture so that answers give nothing away.
 
-    table: (pictures, questions) int8 truths of one split. At most cfg.commands_stored pairs are picked for a picture,
-    half of them YES. rng: numpy Generator. shares: {index of a question: its share of all commands}, by default
-    template_shares(table). Returns (pictures, questions) index arrays, ordered by picture.
+    table: (pictures, questions) int8 truths of one split. At most cfg.commands_stored are picked for a picture, half
+    of them YES. rng: numpy Generator. shares: {index of a question: its share of all commands}, by default
+    template_shares(table). Returns what is picked: bool, of the shape of `table`.
 
     For every question as many YES as NO are taken, so that the question alone tells nothing. Pictures that have too
     few commands of an answer come first for it, so that pictures end up half YES and the picture alone tells nothing.
@@ -631,7 +631,7 @@ def choose(table, cfg, rng, shares=None):
             chosen = rows[answer][first]
             load[answer][chosen] += 1
             picked[chosen, q] = True
-    return picked.nonzero()
+    return picked
 
 
 # ---- finished commands ----

@@ -1519,15 +1519,11 @@ def make_items(name, rows, frames, truths, cfg):
         shares = dict.fromkeys(held, 0.5 / len(held))
     rng = random.Random(f"commands {name} {cfg.scene_seed}")
     # The choice among pictures must not follow from their order on disk, so it has its own generator.
-    chosen = commands.choose(truths[rows], cfg, np.random.default_rng(len(rows) + cfg.scene_seed), shares)
-    # The questions of each picture, so that its frame is read once.
-    questions = {}
-    for i, q in zip(*chosen):
-        questions.setdefault(i, []).append(QUESTIONS[q])
-    for i, row in enumerate(rows):
+    picked = commands.choose(truths[rows], cfg, np.random.default_rng(len(rows) + cfg.scene_seed), shares)
+    for row, asked in zip(rows, picked):
         view = View(frames[row], cfg)
-        for question in questions.get(i, []):
-            yield commands.make_item(row, question, view, rng, -1 if name == "test_words" else None)
+        for q in np.flatnonzero(asked):
+            yield commands.make_item(row, QUESTIONS[q], view, rng, -1 if name == "test_words" else None)
         if name in SPLITS:
             for place in ("", *commands.PLACES):
                 yield commands.describe_item(row, view, rng, cfg, place)
