@@ -186,14 +186,9 @@ class View:
         return TRUE if self.light == colour else FALSE
 
     def matching(self, category, place=None, near=None):
-        """[(truth, Thing)] for objects of `category` that are or may be at `place`, `near`."""
-        found = []
-        for o in self.objects:
-            if o.category == category or (o.certain == UNSURE and o.category == LIKE.get(category)):
-                truth = min(o.certain, at_place(o, place), at_distance(o, near))
-                if truth > FALSE:
-                    found.append((truth, o))
-        return found
+        """[(truth of "it is there, at `place`, `near`", Thing)] for objects that are or may be of `category`."""
+        return [(min(o.certain, at_place(o, place), at_distance(o, near)), o) for o in self.objects
+                if o.category == category or (o.certain == UNSURE and o.category == LIKE.get(category))]
 
     def certain(self, category, place=None, near=None):
         """[Thing] that certainly match, nearest first; arguments as in matching()."""

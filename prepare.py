@@ -1293,7 +1293,7 @@ def finish(frame, cfg, folder=""):
         elif split == "test":
             split = "train"
     view = View(frame, cfg)
-    # Labels of BDD100K tell this themselves.
+    # Labels of BDD100K say themselves what is hidden.
     if not folder:
         for o in view.objects:
             frame["labels"][o.label]["attributes"]["occluded"] = o.share < 0.7
@@ -1360,7 +1360,10 @@ def parallel(function, jobs, cfg, label, total):
 
 
 class Frames:
-    """The records of a file of JSON lines by number, read when asked for; in memory are only their positions."""
+    """The records of a file of JSON lines by number, read when asked for; in memory are only their positions.
+
+    Raises IndexError beyond the last, so that a loop over them ends there.
+    """
 
     def __init__(self, path):
         self.file = open(path, "rb")
@@ -1439,7 +1442,6 @@ def store_frames(folder, results, total, cfg):
                 # A frame without a picture and without a problem is too crowded.
                 crowded += not problems
                 continue
-            # Raw numbers, one picture after another; meta.json tells how many there are.
             images.write(picture)
             frames.write(json.dumps(dict(frame, index=len(splits))) + "\n")
             splits.append(frame["split"])
@@ -1571,8 +1573,8 @@ def _write_items(folder, name, items, tokenizer, cfg):
                         "max_text")
     np.save(folder / f"tokens_{name}.npy", tokens)
     np.save(folder / f"index_{name}.npy", index)
-    questions = families.total() - families["describe"]
-    return asked, dict(commands=questions, yes=yes.total(), families=families, templates=templates, yes_templates=yes)
+    return asked, dict(commands=families.total() - families["describe"], yes=yes.total(), families=families,
+                       templates=templates, yes_templates=yes)
 
 
 def write_twins(folder, frames, items, cfg):
