@@ -79,6 +79,11 @@ def estimate(n, value=None, draws=()):
     return dict(n=int(n), value=float(value), low=float(low), high=float(high))
 
 
+def ratio(sums):
+    """The first of two sums over the second, (..., 2) to (...)."""
+    return sums[..., 0] / sums[..., 1]
+
+
 def interval(picture, columns, statistic, resamples):
     """Estimate of `statistic`, with pictures resampled (Efron and Tibshirani 1993, chapter 13).
 
@@ -224,10 +229,8 @@ def calibration_bins(p, truth, bins=15, equal_mass=False):
 
 def ece(p, truth, bins=15, equal_mass=False):
     """Expected calibration error in points (Naeini et al. 2015): mean of |share of YES - mean p| over questions."""
-    total = 0.0
-    for n, mean, share in calibration_bins(p, truth, bins, equal_mass):
-        total += n * abs(mean - share)
-    return 100 * total / len(p)
+    found = calibration_bins(p, truth, bins, equal_mass)
+    return 100 * sum(n * abs(mean - share) for n, mean, share in found) / len(p)
 
 
 def fit_temperature(odds, truth):
@@ -361,17 +364,17 @@ class Questions:
             raise UserError(f"the checkpoint's vocabulary is not that of the data in {folder}: train again, or pass "
                             "the --data_dir that it was trained on")
         rows = np.flatnonzero((data.index[:, 3] >= 0) == verdicts)
+        pictures = np.unique(data.index[rows, 0])
         # Whole pictures, because the bootstrap resamples pictures, and a picture is encoded once for all its questions.
         if limit and limit < len(rows):
-            pictures = np.unique(data.index[rows, 0])
             count = max(1, len(pictures) * limit // len(rows))
-            kept = pictures[np.linspace(0, len(pictures) - 1, count).astype(int)]
-            rows = rows[np.isin(data.index[rows, 0], kept)]
+            pictures = pictures[np.linspace(0, len(pictures) - 1, count).astype(int)]
+            rows = rows[np.isin(data.index[rows, 0], pictures)]
         items = prepare.read_items(folder, name)
         # One by one: the file may hold ten times as many frames as the set has pictures.
         stored = prepare.Frames(folder / "frames.jsonl")
         with stored.file:
-            frames = {picture: stored[picture] for picture in np.unique(data.index[rows, 0]).tolist()}
+            frames = {picture: stored[picture] for picture in pictures.tolist()}
         self.hold(subject, data, rows, [items[r] for r in rows], frames)
 
     def hold(self, subject, data, rows, items, frames):
@@ -466,9 +469,8 @@ class Questions:
 
     def mean(self, values, chosen, scale=100):
         """Mean of values (m,), one for each chosen question; in % by default."""
-        def mean(sums):
-            return scale * sums[..., 0] / sums[..., 1]
-        return interval(self.picture[chosen], (values, np.ones(len(values))), mean, self.cfg.bootstrap)
+        columns = np.multiply(scale, values), np.ones(len(values))
+        return interval(self.picture[chosen], columns, ratio, self.cfg.bootstrap)
 
     def means(self, chosen, scale=100, **values):
         """{name: mean of these values (m,)}, of several measures of the chosen questions (m,)."""
@@ -496,28 +498,30 @@ class Questions:
 
 # ---- accuracy ----
 
-def scores(hit, given, wanted):
-    """Precision, recall and F1 in % of an answer: given and wanted so many times, of which `hit` times both."""
-    # An answer that is never given, or never wanted, scores 0.
+def scores(wanted, given):
+    """Precision, recall and F1 in % of an answer: for which questions it is right, and given; bool (n,) each."""
+    hits = (wanted & given).sum()
+    # An answer that is never given, or never right, scores 0.
     return dict(
-        precision=100 * hit / max(given, 1),
-        recall=100 * hit / max(wanted, 1),
-        f1=200 * hit / max(given + wanted, 1))
+        precision=100 * hits / max(given.sum(), 1),
+        recall=100 * hits / max(wanted.sum(), 1),
+        f1=200 * hits / max(given.sum() + wanted.sum(), 1))
 
 
 def classification(truth, said):
     """Confusion matrix, accuracy, and precision, recall and F1 of both answers, in %. truth, said: bool (n,)."""
-    yes, yes_said_yes, no, no_said_yes = (int(column.sum()) for column in yes_no(truth, said))
-    yes_said_no = yes - yes_said_yes
-    no_said_no = no - no_said_yes
-    found = dict(
-        confusion=dict(yes_said_yes=yes_said_yes, yes_said_no=yes_said_no, no_said_yes=no_said_yes,
-                       no_said_no=no_said_no),
-        accuracy=100 * (yes_said_yes + no_said_no) / len(truth),
-        yes=scores(yes_said_yes, yes_said_yes + no_said_yes, yes),
-        no=scores(no_said_no, no_said_no + yes_said_no, no))
-    found["macro_f1"] = (found["yes"]["f1"] + found["no"]["f1"]) / 2
-    return found
+    yes = scores(truth, said)
+    no = scores(~truth, ~said)
+    return dict(
+        confusion=dict(
+            yes_said_yes=(truth & said).sum(),
+            yes_said_no=(truth & ~said).sum(),
+            no_said_yes=(~truth & said).sum(),
+            no_said_no=(~truth & ~said).sum()),
+        accuracy=100 * (truth == said).sum() / len(truth),
+        yes=yes,
+        no=no,
+        macro_f1=(yes["f1"] + no["f1"]) / 2)
 
 
 def span(value, *starts):
@@ -597,11 +601,9 @@ def blind_odds(subject, meta, prompts, steps, size=256):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = []
     with torch.no_grad():
-        for i in range(0, len(prompts), 1024):
-            found.append(odds_of(prompts[i:i + 1024]).cpu().numpy())
-    return np.concatenate(found)
+        found = [odds_of(prompts[i:i + 1024]) for i in range(0, len(prompts), 1024)]
+    return torch.cat(found).cpu().numpy()
 
 
 def controls(subject, asked, odds, meta, blind_steps):
@@ -983,8 +985,6 @@ def stability(subject, asked, count):
             pairs[name] = distances(own[at], answer_maps(subject, those.values()))
             found[name] = asked.means(chosen[at], 1, **pairs[name])
 
-    def ratio(sums):
-        return sums[..., 0] / sums[..., 1]
     found["command sensitivity"] = {}
     for key in ("l2", "js"):
         columns = pairs["another question"][key], pairs["paraphrase"][key]
@@ -1196,15 +1196,15 @@ def failures(subject, asked, odds):
     records = []
     for i in wrong:
         question = asked.questions[i]
-        pieces = parts(question, asked.view(i))
+        view = asked.view(i)
+        pieces = parts(question, view)
         count = len(commands.TEMPLATES[question.template].paraphrases)
         words = [question.words(rng, k) for k in range(count)]
         words += [piece.words(rng, 0) for piece in pieces]
         prompts = [subject.tokenizer.prompt(text) for text in words]
         said = subject.ask([(asked.pixels(i), prompts)]) > 0
         again = said[:count] == asked.truth[i]
-        truths = [piece.truth(asked.view(i)) == TRUE for piece in pieces]
-        missed = [piece for piece, yes, truth in zip(pieces, said[count:], truths) if yes != truth]
+        missed = [piece for piece, yes in zip(pieces, said[count:]) if yes != (piece.truth(view) == TRUE)]
         p = float(probability(odds[i]))
         item = asked.items[i]
         records.append(dict(
@@ -1223,12 +1223,9 @@ def failures(subject, asked, odds):
             paraphrases=count,
             missed_parts=[" ".join(filter(None, q)) for q in missed],
             suspected_label_error=bool(max(p, 1 - p) > 0.95 and not again.any())))
-    counts = {}
-    for name in ("type", "error", "low_confidence", "suspected_label_error"):
-        counts[name] = Counter(record[name] for record in records)
-    counts["type_by_family"] = {family: Counter() for family in FAMILIES}
-    for record in records:
-        counts["type_by_family"][record["family"]][record["type"]] += 1
+    kinds = ("type", "error", "low_confidence", "suspected_label_error")
+    counts = {kind: Counter(r[kind] for r in records) for kind in kinds}
+    counts["type_by_family"] = {name: Counter(r["type"] for r in records if r["family"] == name) for name in FAMILIES}
     return records, counts
 
 
