@@ -52,9 +52,9 @@ from commands import FALSE, QUESTIONS, TEMPLATES, UNSURE, View
 from config import UserError
 from evaluate import Questions, Subject, rounded, text_of
 from model import (VLM, Attention, Decoder, DecoderBlock, GatedFFN, RMSNorm, VisionEncoder, as_rows, forward_flops,
-                   pick_device, positions, rope_tables, row_mask)
+                   least_seconds, pick_device, positions, rope_tables, row_mask)
 from prepare import draw_scene
-from tokenizer import IGNORE, NO, YES
+from tokenizer import IGNORE
 from train import Clock, Data, Run
 from visualize import INK, SERIES
 
@@ -203,7 +203,7 @@ class AnswersOnly(Data):
 
     def batch(self, position, size):
         batch = super().batch(position, size)
-        answer = (batch.targets == YES) | (batch.targets == NO)                   # (B, L)
+        answer = train.verdicts(batch.targets)                                    # (B, L)
         for k in range(1, int(batch.segment.max()) + 1):
             own = batch.segment == k
             is_question = (own & answer).any(1, keepdim=True)
@@ -240,10 +240,9 @@ class Unbalanced(Data):
     def __init__(self, cfg, meta, name):
         super().__init__(cfg, meta, name)
         if name == "train":
+            # As many for each picture, in the order of the pictures: where those of one begin and end is the same.
             self.items = unbalanced_items(cfg)
             self.tokens, self.index = prepare.packed(self.items, self.tokenizer)
-            self.pictures, self.starts = np.unique(self.index[:, 0], return_index=True)
-            self.ends = np.append(self.starts[1:], len(self.index))
 
 
 # ---- the variants ----
@@ -313,7 +312,7 @@ class Exam:
 
     def __init__(self, cfg, meta):
         # Nothing is trained yet: the questions need the settings and the vocabulary alone.
-        asker = SimpleNamespace(cfg=cfg, tokenizer=Data(cfg, meta, "test").tokenizer, side=None)
+        asker = SimpleNamespace(cfg=cfg, tokenizer=Data(cfg, meta, "test").tokenizer)
         self.asked = Questions(asker, meta, "test")
         self.combos = Questions(asker, meta, "test_combos")
         self.looked = self.asked.sample_pictures(cfg.sample_items)
@@ -322,12 +321,11 @@ class Exam:
         twins = self.asked.twins("flip")
         twins = random.Random(0).sample(twins, min(cfg.probe_items, len(twins)))
         self.at = np.array([i for i, _ in twins], int)
-        self.edited = [draw_scene(prepare.apply_edit(self.asked.spec(i), edit), cfg.image_size) for i, edit in twins]
+        self.edited = [evaluate.draw_twin((self.asked.spec(i), edit, cfg)) for i, edit in twins]
 
     def measure(self, subject, maps=True):
         """{measure: value} of a trained model; NaN where it has no meaning."""
-        asked = copy.copy(self.asked)
-        asked.side = subject.side                           # its patches may be larger than those of "full"
+        asked = self.asked
         odds = asked.odds(subject)
         said = odds > 0
         accuracy = percent(asked.truth, odds)
@@ -355,15 +353,6 @@ class Exam:
 
 
 # ---- the loop ----
-
-def chosen_names(cfg, known):
-    """The variants that cfg.variants names, "full" first. Raises UserError for one that does not exist."""
-    names = [name.strip() for name in cfg.variants.split(",") if name.strip()] or list(known)
-    for name in names:
-        if name not in known:
-            raise UserError(f"no variant '{name}'{config.nearest(name, known)}; there are {', '.join(known)}")
-    return list(dict.fromkeys(["full", *names]))
-
 
 def settings_of(cfg, variant, folder, seed):
     """Settings of one run. What only evaluation, the loop or the machine needs stays as cfg's."""
@@ -405,12 +394,14 @@ def run_one(settings, variant, exam):
 def ablate(cfg):
     """Train and measure all runs that are not finished yet, write the table and the figures; returns the table.
 
-    Raises UserError for more than 20 seeds, or if every run fails.
+    Raises UserError for more than 20 seeds, a variant that does not exist, or if every run fails.
     """
     if cfg.seeds > 20:
         raise UserError(f"seeds={cfg.seeds}: with n seeds a sign-flip test tries 2^n signs, so take at most 20")
     known = variants(cfg)
-    results = {name: {} for name in chosen_names(cfg, known)}
+    names = config.listed(cfg.variants, known, "no variant") or known
+    # "full" comes first, since the others are compared with it.
+    results = {name: {} for name in ("full", *names)}
     failed = {}
     out = made_folder(cfg)
     exam = Exam(cfg, prepare.ready(cfg))
@@ -446,7 +437,7 @@ def sign_flip_test(differences):
     bits = np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1
     sums = np.abs((1 - 2 * bits) @ d)
     # Sums that are equal but for rounding count as equal.
-    return float((sums >= abs(d.sum()) * (1 - 1e-12)).mean())
+    return (sums >= abs(d.sum()) * (1 - 1e-12)).mean()
 
 
 @functools.lru_cache
@@ -474,7 +465,7 @@ def compared(differences):
     the difference that such a t-test finds at 5% in 80% of cases.
     """
     n = len(differences)
-    value = float(np.mean(differences)) if n else None
+    value = np.mean(differences) if n else None
     if n < 2:
         return dict(n=n, value=value)
     error = np.std(differences, ddof=1) / math.sqrt(n)
@@ -710,11 +701,7 @@ class Trial:
 
     def watch(self, pictures, prompts):
         """(log-odds (n,), mean map of the answer (n, P)) of a prompt for each picture, in float32."""
-        odds, maps = [], []
-        for verdict, cross in self.subject.look((picture, [ids]) for picture, ids in zip(pictures, prompts)):
-            odds.append(verdict)
-            maps.append(cross[:, :, -1].mean((0, 1)))       # of (layers, heads, words, P)
-        return np.array(odds), np.array(maps)
+        return evaluate.watch(self.subject, ((picture, [ids]) for picture, ids in zip(pictures, prompts)))
 
     def score(self, pictures, prompts, of):
         """Accuracy, and cosine to the undisturbed maps, of the questions number `of` of the sample."""
@@ -760,7 +747,7 @@ class Trial:
                 # A few at a time: what the gradients of all pictures need would fill the memory.
                 for part in np.array_split(of, math.ceil(len(of) / 16)):
                     prompts = [self.prompts[i] for i in part]
-                    changed += [*attack(self.subject, self.pictures[part], prompts, truth[part], size, steps)]
+                    changed.extend(attack(self.subject, self.pictures[part], prompts, truth[part], size, steps))
                 self.add(name, size, changed, of=of, control=control)
 
     def occluded(self):
@@ -910,12 +897,8 @@ def matmul_gflops(device, dtype):
     """The rate of a product of square matrices: what the machine can do at most."""
     # Large enough to keep all units of the device busy.
     side = 1024 if device.type == "cpu" else 8192
-    clock = Clock(device, exact=True)
     square = torch.randn(side, side, device=device, dtype=dtype)
-    clock.stop("drawing")
-    square @ square
-    clock.stop("product")
-    return 2e-9 * side ** 3 / clock.seconds["product"]
+    return 2e-9 * side ** 3 / least_seconds(lambda: square @ square, device, 1)
 
 
 def bench(cfg):

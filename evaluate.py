@@ -74,9 +74,9 @@ def estimate(n, value=None, draws=()):
     # A resample can lack what the figure divides by, such as any YES item: such draws are left out.
     draws = draws[np.isfinite(draws)]
     if not len(draws):
-        return dict(n=int(n), value=None, low=None, high=None)
+        return dict(n=n, value=None, low=None, high=None)
     low, high = np.percentile(draws, (2.5, 97.5))
-    return dict(n=int(n), value=float(value), low=float(low), high=float(high))
+    return dict(n=n, value=value, low=low, high=high)
 
 
 def ratio(sums):
@@ -190,7 +190,7 @@ def bleu4(pairs):
     if not same.all():
         return 0.0
     brevity = min(1.0, math.exp(1 - lengths[1] / lengths[0]))
-    return float(100 * brevity * np.exp(np.log(same / made).mean()))
+    return 100 * brevity * np.exp(np.log(same / made).mean())
 
 
 def rouge_l(said, wanted):
@@ -224,7 +224,7 @@ def calibration_bins(p, truth, bins=15, equal_mass=False):
     else:
         own = np.minimum((p * bins).astype(int), bins - 1)      # p = 1 belongs to the last bin
         parts = [np.flatnonzero(own == b) for b in range(bins)]
-    return [(len(i), float(p[i].mean()), float(truth[i].mean())) for i in parts if len(i)]
+    return [(len(i), p[i].mean(), truth[i].mean()) for i in parts if len(i)]
 
 
 def ece(p, truth, bins=15, equal_mass=False):
@@ -260,14 +260,13 @@ def calibration(odds, truth):
     p = probability(odds)
     # Truths as they would be if every p were right.
     drawn = np.random.default_rng(0).random((200, len(p))) < p
-    brier = np.mean((p - truth) ** 2)
-    found = dict(n=len(p), brier=float(brier), bins=calibration_bins(p, truth))
+    found = dict(n=len(p), brier=((p - truth) ** 2).mean(), bins=calibration_bins(p, truth))
     for name, equal_mass in (("ece", False), ("ece_equal_mass", True)):
         null = [ece(p, y, equal_mass=equal_mass) for y in drawn]
         found[name] = dict(
             value=ece(p, truth, equal_mass=equal_mass),
-            calibrated=float(np.mean(null)),
-            calibrated_high=float(np.percentile(null, 97.5)))
+            calibrated=np.mean(null),
+            calibrated_high=np.percentile(null, 97.5))
     return found
 
 
@@ -335,7 +334,7 @@ class Subject:
         for images, prompts in self.batches(jobs, self.cfg.eval_batch):
             # Every prompt has a row of its own here, since each grows by another number of words.
             rows = [ids for own in prompts for ids in own]
-            picture_of = np.repeat(np.arange(len(prompts)), [len(own) for own in prompts])
+            picture_of = np.repeat(np.arange(len(prompts)), list(map(len, prompts)))
             tokens = torch.tensor(pad(rows, left=True)).to(self.device)
             room = min(self.cfg.max_new_tokens, self.cfg.max_text - tokens.shape[1])
             with autocast(self.dtype, self.device):
@@ -380,7 +379,6 @@ class Questions:
     def hold(self, subject, data, rows, items, frames):
         """Ask these items (dicts), rows of data (a train.Data), about these frames {picture: record}."""
         self.cfg = subject.cfg
-        self.side = subject.side
         self.data = data
         self.rows = rows
         self.items = items
@@ -404,10 +402,10 @@ class Questions:
         """The record of question i's picture."""
         return self.frames[self.picture[i]]
 
-    def cover(self, i, things):
-        """Share of each patch of question i's picture that the boxes of things (Thing) cover together: (P,)."""
+    def cover(self, i, things, side):
+        """Share of each of side x side patches of question i's picture that the boxes of things (Thing) cover."""
         labels = self.frame(i)["labels"]
-        return cover([labels[thing.label] for thing in things], self.cfg.image_size, self.side)
+        return cover([labels[thing.label] for thing in things], self.cfg.image_size, side)
 
     def spec(self, i):
         """The specification of the drawn scene that question i is about."""
@@ -498,30 +496,23 @@ class Questions:
 
 # ---- accuracy ----
 
-def scores(wanted, given):
-    """Precision, recall and F1 in % of an answer: for which questions it is right, and given; bool (n,) each."""
-    hits = (wanted & given).sum()
-    # An answer that is never given, or never right, scores 0.
-    return dict(
-        precision=100 * hits / max(given.sum(), 1),
-        recall=100 * hits / max(wanted.sum(), 1),
-        f1=200 * hits / max(given.sum() + wanted.sum(), 1))
-
-
 def classification(truth, said):
     """Confusion matrix, accuracy, and precision, recall and F1 of both answers, in %. truth, said: bool (n,)."""
-    yes = scores(truth, said)
-    no = scores(~truth, ~said)
+    confusion, scores = {}, {}
+    for answer, wanted, given in (("yes", truth, said), ("no", ~truth, ~said)):
+        confusion[f"{answer}_said_yes"] = (wanted & said).sum()
+        confusion[f"{answer}_said_no"] = (wanted & ~said).sum()
+        right = (wanted & given).sum()
+        # An answer that is never given, or never wanted, scores 0.
+        scores[answer] = dict(
+            precision=100 * right / max(given.sum(), 1),
+            recall=100 * right / max(wanted.sum(), 1),
+            f1=200 * right / max(given.sum() + wanted.sum(), 1))
     return dict(
-        confusion=dict(
-            yes_said_yes=(truth & said).sum(),
-            yes_said_no=(truth & ~said).sum(),
-            no_said_yes=(~truth & said).sum(),
-            no_said_no=(~truth & ~said).sum()),
+        confusion=confusion,
         accuracy=100 * (truth == said).sum() / len(truth),
-        yes=yes,
-        no=no,
-        macro_f1=(yes["f1"] + no["f1"]) / 2)
+        **scores,
+        macro_f1=(scores["yes"]["f1"] + scores["no"]["f1"]) / 2)
 
 
 def span(value, *starts):
@@ -639,15 +630,14 @@ def held_out(subject, asked, odds, val, val_odds, meta):
     train_set, train_odds = answered("train", cfg.sample_items // 2)
     gap = {"train": train_set.accuracy(train_odds), "val": val.accuracy(val_odds),
            f"train minus {cfg.split}": train_set.lead(train_odds, asked, odds)}
-    new, ood = {}, {}
+    new = {}
     # Both sets are about the test split's pictures: the drop is measured on the same scenes.
     for name in ("test_words", "test_combos") if cfg.split == "test" else ():
         other, other_odds = answered(name)
         new[name] = other.accuracy(other_odds)
         new[f"{name}, drop"] = asked.lead(odds, other, other_odds)
-    if (Path(cfg.data_dir) / "index_ood.npy").exists():
-        other, other_odds = answered("ood")
-        ood = {"all": other.accuracy(other_odds), **broken_down(other, other_odds)}
+    other, other_odds = answered("ood")
+    ood = {"all": other.accuracy(other_odds), **broken_down(other, other_odds)}
     return dict(train_gap=gap, held_out=new, ood=ood)
 
 
@@ -705,17 +695,17 @@ def reasons(subject, asked, count):
     said = subject.say(asked.jobs(chosen))
     answers = [answer for answer, _ in said]
     texts = [text for _, text in said]
-    written = [asked.items[i]["reason"] for i in chosen]
+    pairs = [(text, asked.items[i]["reason"]) for text, i in zip(texts, chosen)]
     checked = [commands.check_reason(text, asked.view(i)) for text, i in zip(texts, chosen)]
     truth = np.array([-1 if value is None else value for value in checked])
     found = asked.means(
         chosen,
-        exact=[text == reason for text, reason in zip(texts, written)],
-        rouge_l=[rouge_l(text, reason) for text, reason in zip(texts, written)],
+        exact=[text == written for text, written in pairs],
+        rouge_l=[rouge_l(text, written) for text, written in pairs],
         true=truth == TRUE,
         false=truth == FALSE,
         not_in_grammar=truth == -1)
-    found["bleu4"] = dict(n=len(texts), value=bleu4(zip(texts, written)))
+    found["bleu4"] = dict(n=len(texts), value=bleu4(pairs))
     # Descriptions have no verdict to be right about.
     if all(item["answer"] is None for item in asked.items):
         return found
@@ -805,10 +795,10 @@ def looks(subject, asked, chosen, model=None):
             things = asked.view(i).certain(category)
             places = [t for t, word in enumerate(words) if word in NAMED[category]]
             if things and places:
-                at_words.append((i, category, maps[:, :, places[0]].copy(), asked.cover(i, things)))
+                at_words.append((i, category, maps[:, :, places[0]].copy(), asked.cover(i, things, subject.side)))
         things = question.evidence(asked.view(i)) if asked.truth[i] and question.objects else []
         if things:
-            at_answers.append((i, question.objects[0], at_end, asked.cover(i, things)))
+            at_answers.append((i, question.objects[0], at_end, asked.cover(i, things, subject.side)))
     return np.array(answers), look_of(at_answers), look_of(at_words)
 
 
@@ -904,9 +894,7 @@ def deletion_insertion(subject, asked, answer, odds, count):
     found = subject.ask(jobs()).reshape(len(usable), 1 + RANDOM_ORDERS, 2, len(steps))
     p = 100 * probability(found)
     share = np.array(steps) / patches
-    # Trapezoids, because the steps are of different widths.
-    between = (p[..., 1:] + p[..., :-1]) / 2
-    area = (between * np.diff(share)).sum(-1)               # (n, orders, 2)
+    area = torch.trapezoid(torch.from_numpy(p), torch.from_numpy(share)).numpy()                 # (n, orders, 2)
     at = answer.question[usable]
     result = dict(share_of_patches=share.tolist())
     for k, name in enumerate(("deletion", "insertion")):
@@ -915,8 +903,8 @@ def deletion_insertion(subject, asked, answer, odds, count):
         result[name] = asked.means(at, 1, attention=own, random=chance, difference=own - chance)
         result[name].update(curve=[], random_curve=[])
         if len(usable):
-            result[name]["curve"] = p[:, 0, k].mean(0).tolist()
-            result[name]["random_curve"] = p[:, 1:, k].mean((0, 1)).tolist()
+            result[name]["curve"] = p[:, 0, k].mean(0)
+            result[name]["random_curve"] = p[:, 1:, k].mean((0, 1))
     return result
 
 
@@ -937,22 +925,13 @@ def distances(a, b):
         js=entropy((a + b) / 2) - (entropy(a) + entropy(b)) / 2)
 
 
-def answer_maps(subject, jobs):
-    """Where each prompt's answer looks, mean over layers and heads: (n, P)."""
-    found = []
-    for _, maps in subject.look(jobs):
+def watch(subject, jobs):
+    """Each prompt's log-odds (n,), and where its answer looks, mean over layers and heads: (n, P)."""
+    odds, found = [], []
+    for verdict, maps in subject.look(jobs):
+        odds.append(verdict)
         found.append(maps[:, :, -1].mean((0, 1)))
-    return np.array(found)
-
-
-def reworded(question, command, rng):
-    """Other words for a question, or the same after 20 tries."""
-    # Some questions have few ways to be put: better the same words than an endless search.
-    for _ in range(20):
-        words = question.words(rng)
-        if words != command:
-            return words
-    return command
+    return np.array(odds), np.array(found)
 
 
 def stability(subject, asked, count):
@@ -967,7 +946,10 @@ def stability(subject, asked, count):
     edits = dict(asked.twins("neutral"))
     jobs = {"paraphrase": {}, "another question": {}, "another scene": {}, "similar scene": {}}
     for k, i in enumerate(chosen):
-        words = reworded(asked.questions[i], asked.items[i]["command"], rng)
+        own = asked.items[i]["command"]
+        # Some questions have few ways to be put: after 20 tries the same words are better than an endless search.
+        wordings = (asked.questions[i].words(rng) for _ in range(20))
+        words = next((other for other in wordings if other != own), own)
         jobs["paraphrase"][k] = asked.pixels(i), [subject.tokenizer.prompt(words)]
         about_it = np.flatnonzero(asked.picture == asked.picture[i])
         rivals = [j for j in about_it if asked.questions[j] != asked.questions[i]]
@@ -977,12 +959,13 @@ def stability(subject, asked, count):
         jobs["another scene"][k] = asked.pixels(far), [asked.prompts[i]]
         if i in edits:
             jobs["similar scene"][k] = draw_twin((asked.spec(i), edits[i], subject.cfg)), [asked.prompts[i]]
-    own = answer_maps(subject, asked.jobs(chosen))
+    _, usual = watch(subject, asked.jobs(chosen))
     pairs, found = {}, {}
     for name, those in jobs.items():
         at = np.array(list(those), int)
         if len(at):
-            pairs[name] = distances(own[at], answer_maps(subject, those.values()))
+            _, maps = watch(subject, those.values())
+            pairs[name] = distances(usual[at], maps)
             found[name] = asked.means(chosen[at], 1, **pairs[name])
 
     found["command sensitivity"] = {}
@@ -1065,16 +1048,16 @@ def silhouette(points, label):
     gap = np.sqrt(squared_distances(points, points))
     scores = []
     for i, own in enumerate(label):
-        others = np.arange(len(label)) != i
-        mine = gap[i, (label == own) & others]
+        near = label == own
+        near[i] = False
         apart = [gap[i, label == c].mean() for c in set(label.tolist()) if c != own]
-        if not len(mine) or not apart:
+        if not near.any() or not apart:
             scores.append(0.0)           # by definition, for a point that is alone and for a single cluster
             continue
-        a = mine.mean()
+        a = gap[i, near].mean()
         b = min(apart)
         scores.append((b - a) / max(a, b, 1e-12))
-    return float(np.mean(scores))
+    return np.mean(scores)
 
 
 def specialisation(word):
@@ -1100,16 +1083,15 @@ def specialisation(word):
     clusters = []
     for c in sorted(set(label.tolist())):
         mean = np.exp(logs[label == c].mean(0))
-        heads = [divmod(int(i), profile.shape[1]) for i in np.flatnonzero(label == c)]
-        favourite = mean.argmax()
-        clusters.append(dict(heads=heads, looks_for=kinds[favourite], enrichment=mean[favourite], mean=mean.mean()))
+        heads = np.argwhere(label.reshape(profile.shape[:2]) == c)
+        clusters.append(dict(heads=heads, looks_for=kinds[mean.argmax()], enrichment=mean.max(), mean=mean.mean()))
     selectivity = logs.max(1) - logs.mean(1)
     return dict(
         categories=kinds,
-        enrichment=profile.tolist(),
+        enrichment=profile,
         clusters=clusters,
         silhouette=silhouette(logs, label),
-        selectivity=selectivity.reshape(profile.shape[:2]).tolist())
+        selectivity=selectivity.reshape(profile.shape[:2]))
 
 
 def attention(subject, asked, odds, val, chosen):
@@ -1153,10 +1135,8 @@ def parts(question, view):
     template = question.template
     found = []
     # Each part is one thing that must be seen, or one side that must be judged, to answer the whole.
-    if template in ("exists_at", "near"):
-        found = [simplest(question.category)]
-    elif template == "light":
-        found = [simplest("traffic light")]
+    if template in ("exists_at", "near", "light"):
+        found = [simplest(question.objects[0])]
     elif question.other:
         found = [simplest(question.category), simplest(question.other)]
     elif template in ("straight", "stop", "turn", "change"):
@@ -1248,8 +1228,8 @@ def confusions(asked, odds, least=20):
     for (category, other, truth), said in answers.items():
         without = answers.get((category, other, FALSE), [])
         if truth == TRUE and min(len(said), len(without)) >= least:
-            a = 100 * float(np.mean(said))
-            b = 100 * float(np.mean(without))
+            a = 100 * np.mean(said)
+            b = 100 * np.mean(without)
             # + 1 avoids a division by 0, and keeps single answers from coming first.
             times = (a + 1) / (b + 1)
             found.append(dict(asked=category, present=other, n=len(said), said_yes=a, elsewhere=b, times=times))
@@ -1262,10 +1242,9 @@ def command_pairs(asked, odds):
     {templates, n, same, expected}: (C, C) matrices over templates, in %; expected: were their errors independent.
     """
     names = sorted({q.template for q in asked.questions})
-    kind = np.eye(len(names))[[names.index(q.template) for q in asked.questions]]     # (n, C)
+    kind = np.eye(len(names), dtype=int)[[names.index(q.template) for q in asked.questions]]     # (n, C)
     wrong = (odds > 0) != asked.truth
-    n = np.zeros((len(names), len(names)))
-    same = np.zeros((len(names), len(names)))
+    n = same = 0
     # Picture by picture: all pairs of a large set would be hundreds of millions.
     for picture in np.unique(asked.picture):
         own = asked.picture == picture
@@ -1277,7 +1256,7 @@ def command_pairs(asked, odds):
     error = kind[wrong].sum(0) / kind.sum(0)                # share of wrong answers of each template
     expected = error[:, None] + error - 2 * error[:, None] * error
     share = 100 * same / np.maximum(n, 1)
-    return dict(templates=names, n=n.astype(int).tolist(), same=share.tolist(), expected=(100 * expected).tolist())
+    return dict(templates=names, n=n.tolist(), same=share, expected=100 * expected)
 
 
 # ---- two checkpoints ----
@@ -1298,14 +1277,16 @@ def compare(other, asked, odds):
 
 def rounded(value):
     """Plain Python values of 4 decimals, ready for JSON; numbers that are not finite become None."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
     if isinstance(value, dict):
         return {str(k): rounded(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [rounded(v) for v in value]
     # JSON knows no NaN: what cannot be computed becomes null.
-    if isinstance(value, (float, np.floating)):
-        return round(float(value), 4) if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value
 
 
 def text_of(entry, unit="", digits=2):
@@ -1326,8 +1307,7 @@ def headline(page):
         if name in page["held_out"]:
             drop = text_of(page["held_out"][f"{name}, drop"])
             rows.append((f"{text} never trained on", page["held_out"][name], f"{drop} points lost"))
-    if page["ood"]:
-        rows.append(("weather and times never trained on", page["ood"]["all"], "guessing: 50"))
+    rows.append(("weather and times never trained on", page["ood"]["all"], "guessing: 50"))
     if page["twins"]:
         rows.append(("twins, both right", page["twins"]["both_right"], "guessing: 25"))
     rows.append(("reasons true by the rules", page["reasons"]["true"], ""))

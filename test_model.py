@@ -3256,7 +3256,6 @@ def test_settings_of_a_variant_and_which_runs_are_the_same():
         assert (own.see_pictures, own.read_pictures, own.freeze_pictures, own.tag_weight) == (0, 800, frozen, 0)
     assert ablate.same(vars(cfg), vars(changed(cfg, dpi=99))) and not ablate.same(vars(cfg), vars(own))
     assert not ablate.same(vars(cfg), vars(changed(cfg, read_pictures=501)))      # though it could be resumed
-    assert ablate.chosen_names(cfg, known) == ["full", "mqa"]
     refuses(lambda: ablate.ablate(changed(cfg, variants="no_rop")), "'no_rop', did you mean 'no_rope'")
     refuses(lambda: ablate.ablate(changed(cfg, seeds=21)), "seeds=21", "at most 20")
 

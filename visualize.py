@@ -715,7 +715,7 @@ def figure_failures(report):
         return None
     missed = [where[k] for k in denied]
     maps = report.stored["failure_maps"][denied].mean((1, 2), np.float64)
-    covers = np.array([asked.cover(i, asked.questions[i].evidence(asked.view(i))) for i in missed])
+    covers = np.array([asked.cover(i, asked.questions[i].evidence(asked.view(i)), report.side) for i in missed])
     # A map is diffuse where it is more spread than nine of ten answers' maps.
     usual = np.percentile(entropy(report.stored["answer_maps"].astype(np.float64)), 90)
     diffuse = entropy(maps) > usual
