@@ -50,7 +50,7 @@ import train
 import visualize
 from commands import FALSE, QUESTIONS, TEMPLATES, UNSURE, View
 from config import UserError
-from evaluate import Questions, Subject, rounded, text_of
+from evaluate import Questions, Subject, made_folder, rounded, text_of, write
 from model import (VLM, Attention, Decoder, DecoderBlock, GatedFFN, RMSNorm, VisionEncoder, as_rows, forward_flops,
                    least_seconds, pick_device, positions, rope_tables, row_mask)
 from prepare import draw_scene
@@ -61,20 +61,6 @@ from visualize import INK, SERIES
 
 def with_changes(cfg, **changes):
     return SimpleNamespace(**{**vars(cfg), **changes})
-
-
-def made_folder(cfg):
-    """The path of out_dir, made before the work whose results would be lost without it."""
-    out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def write(path, content):
-    """Write a text, or anything else as JSON."""
-    if not isinstance(content, str):
-        content = json.dumps(content, indent=1, allow_nan=False)
-    path.write_text(content, encoding="utf-8")
 
 
 # ---- models that settings cannot make: a VLM with some modules replaced ----
@@ -316,7 +302,7 @@ class Exam:
         self.asked = Questions(asker, meta, "test")
         self.combos = Questions(asker, meta, "test_combos")
         self.looked = self.asked.sample_pictures(cfg.sample_items)
-        family = np.array([item["family"] for item in self.asked.items])
+        family = np.array([question.family for question in self.asked.questions])
         self.families = [family == name for name in set(family)]
         twins = self.asked.twins("flip")
         twins = random.Random(0).sample(twins, min(cfg.probe_items, len(twins)))
@@ -344,7 +330,7 @@ class Exam:
             parameters=sum(p.numel() for p in subject.model.parameters()))
         if maps:
             answers, _, word = evaluate.looks(subject, asked, self.looked)
-            own = word.maps.mean((1, 2))
+            own = word.mean
             found.update(
                 pointing=100 * evaluate.pointing(own, word.cover).mean(),
                 enrichment=np.median(evaluate.enrichment(own, word.cover)),

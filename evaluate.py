@@ -31,7 +31,7 @@ import math
 import random
 import re
 import time
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -219,11 +219,9 @@ def probability(odds):
 def calibration_bins(p, truth, bins=15, equal_mass=False):
     """[(n, mean p, share of YES)] of the bins that hold something. p (n,): probability of YES."""
     order = np.argsort(p, kind="stable")
-    if equal_mass:
-        parts = np.array_split(order, bins)
-    else:
-        own = np.minimum((p * bins).astype(int), bins - 1)      # p = 1 belongs to the last bin
-        parts = [np.flatnonzero(own == b) for b in range(bins)]
+    # As many parts of one size, or the places where p reaches the next bin; p = 1 belongs to the last.
+    cuts = bins if equal_mass else np.searchsorted(p[order], np.arange(1, bins) / bins)
+    parts = np.array_split(order, cuts)
     return [(len(i), p[i].mean(), truth[i].mean()) for i in parts if len(i)]
 
 
@@ -333,7 +331,7 @@ class Subject:
         said = []
         for images, prompts in self.batches(jobs, self.cfg.eval_batch):
             # Every prompt has a row of its own here, since each grows by another number of words.
-            rows = [ids for own in prompts for ids in own]
+            rows = list(itertools.chain(*prompts))
             picture_of = np.repeat(np.arange(len(prompts)), list(map(len, prompts)))
             tokens = torch.tensor(pad(rows, left=True)).to(self.device)
             room = min(self.cfg.max_new_tokens, self.cfg.max_text - tokens.shape[1])
@@ -532,13 +530,12 @@ def in_order(group):
 
 def groups_of(asked, i):
     """{breakdown: groups that question i is in}: one group, but for its objects, of which it may name two or none."""
-    item = asked.items[i]
     question = asked.questions[i]
     frame = asked.frame(i)
     of_kind = [thing for thing in asked.view(i).objects if thing.category in question.objects]
     groups = {
-        "family": [item["family"]],
-        "level": [item["level"]],
+        "family": [question.family],
+        "level": [question.level],
         "template": [question.template],
         "object": question.objects,
         "place": [question.place or "anywhere"],
@@ -600,7 +597,7 @@ def blind_odds(subject, meta, prompts, steps, size=256):
 def controls(subject, asked, odds, meta, blind_steps):
     """What a model scores that cannot see: dict(controls, controls_by_template, vision_gain)."""
     # Half of the set away, because neighbouring frames of a real drive look alike.
-    pictures = list(dict.fromkeys(asked.picture.tolist()))
+    pictures = np.unique(asked.picture)
     another = dict(zip(pictures, np.roll(pictures, len(pictures) // 2)))
     answers = {
         "blank picture": subject.ask(asked.jobs(shown=lambda picture: subject.blank)),
@@ -671,7 +668,7 @@ def twins(subject, asked, odds):
     # A pair is both right when the first answer was, and the answer changed with the truth. A model that ignores the
     # picture gives both pictures of a pair one answer: it gets none right.
     both = ((odds > 0) == asked.truth)[chosen] & changed
-    families = [asked.items[i]["family"] for i in chosen]
+    families = [asked.questions[i].family for i in chosen]
     kinds = [edit["kind"] for edit in edits]
     found = dict(
         questions=len(asked.rows),
@@ -766,9 +763,14 @@ def best_threshold(maps, covers):
     return max(thresholds, key=lambda t: box_iou(maps, covers, t).mean())
 
 
-Look = namedtuple("Look", "question category maps cover")
-# Maps that should point at something, and at what: index of the question (m,), category (m,), maps (m, L, H, P), cover
-# of the boxes (m, P).
+class Look(namedtuple("Look", "question category maps cover")):
+    """Maps that should point at something, and at what: index of the question (m,), category (m,), maps (m, L, H, P),
+    cover of the boxes (m, P)."""
+
+    @property
+    def mean(self):
+        """The maps averaged over layers and heads: (m, P)."""
+        return self.maps.mean((1, 2))
 
 
 def look_of(entries):
@@ -808,7 +810,7 @@ def baseline_maps(look, picture, untrained):
     Another command's map is that of a word for another kind in the same picture; another picture's map is that of a
     word for the same kind. Where there is none, the map is uniform.
     """
-    own = look.maps.mean((1, 2))
+    own = look.mean
     n, patches = own.shape
     where = picture[look.question]
 
@@ -827,7 +829,7 @@ def baseline_maps(look, picture, untrained):
         "centre of the picture": np.tile(centre, (n, 1)),
         "another command's map": np.array([rival(i, where, look.category) for i in range(n)]),
         "another picture's map": np.array([rival(i, look.category, where) for i in range(n)]),
-        "untrained weights": untrained.maps.mean((1, 2))}
+        "untrained weights": untrained.mean}
 
 
 def grounding(asked, look, untrained, chosen_on):
@@ -841,9 +843,9 @@ def grounding(asked, look, untrained, chosen_on):
     # Chosen on other questions: on these it would fit their boxes too well.
     threshold = 0.5
     if len(chosen_on.question):
-        threshold = best_threshold(chosen_on.maps.mean((1, 2)), chosen_on.cover)
+        threshold = best_threshold(chosen_on.mean, chosen_on.cover)
     rivals = baseline_maps(look, asked.picture, untrained)
-    own = look.maps.mean((1, 2))
+    own = look.mean
     at, covers = look.question, look.cover
     found = {}
     for name, maps in {"model": own, **rivals}.items():
@@ -944,7 +946,7 @@ def stability(subject, asked, count):
     chosen = asked.sample(count, 4)
     rng = random.Random(0)
     edits = dict(asked.twins("neutral"))
-    jobs = {"paraphrase": {}, "another question": {}, "another scene": {}, "similar scene": {}}
+    jobs = defaultdict(dict)                                # {pair: {number of the question in chosen: job}}
     for k, i in enumerate(chosen):
         own = asked.items[i]["command"]
         # Some questions have few ways to be put: after 20 tries the same words are better than an endless search.
@@ -962,12 +964,10 @@ def stability(subject, asked, count):
     _, usual = watch(subject, asked.jobs(chosen))
     pairs, found = {}, {}
     for name, those in jobs.items():
-        at = np.array(list(those), int)
-        if len(at):
-            _, maps = watch(subject, those.values())
-            pairs[name] = distances(usual[at], maps)
-            found[name] = asked.means(chosen[at], 1, **pairs[name])
-
+        at = list(those)
+        _, maps = watch(subject, those.values())
+        pairs[name] = distances(usual[at], maps)
+        found[name] = asked.means(chosen[at], 1, **pairs[name])
     found["command sensitivity"] = {}
     for key in ("l2", "js"):
         columns = pairs["another question"][key], pairs["paraphrase"][key]
@@ -1215,7 +1215,7 @@ def confusions(asked, odds, least=20):
     [{asked, present, n, said_yes, elsewhere, times}], the strongest first: said_yes is the share of YES in % where
     the other kind is there (at the place asked about), elsewhere that of the NO questions without it.
     """
-    answers = {}                         # {(kind asked for, other kind, is it there?): whether the answers are YES}
+    answers = defaultdict(list)          # {(kind asked for, other kind, is it there?): whether the answers are YES}
     for i, question in enumerate(asked.questions):
         if question.template not in ("exists", "exists_at") or asked.truth[i]:
             continue
@@ -1223,7 +1223,7 @@ def confusions(asked, odds, least=20):
             # At the place that the question is about; an uncertain object is neither there nor absent.
             truth = asked.view(i).exists(other, question.place or None)
             if other != question.category:
-                answers.setdefault((question.category, other, truth), []).append(odds[i] > 0)
+                answers[question.category, other, truth].append(odds[i] > 0)
     found = []
     for (category, other, truth), said in answers.items():
         without = answers.get((category, other, FALSE), [])
@@ -1287,6 +1287,20 @@ def rounded(value):
     if isinstance(value, float):
         return round(value, 4) if math.isfinite(value) else None
     return value
+
+
+def made_folder(cfg):
+    """The path of out_dir, made before the work whose results would be lost without it."""
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write(path, content):
+    """Write a text, or anything else as JSON."""
+    if not isinstance(content, str):
+        content = json.dumps(content, indent=1, allow_nan=False)
+    path.write_text(content, encoding="utf-8")
 
 
 def text_of(entry, unit="", digits=2):
@@ -1388,11 +1402,9 @@ def evaluate(cfg, blind_steps=300):
     blind_steps: updates of the control that is trained without pictures.
     """
     start = time.time()
-    out = Path(cfg.out_dir)
     subject, other = opened(cfg)
-    # First of all, so that a folder that cannot be written to is known before hours of work, not after.
-    out.mkdir(parents=True, exist_ok=True)
     cfg = subject.cfg
+    out = made_folder(cfg)
     meta = prepare.load_meta(cfg)
     print(f"device {subject.device}, dtype {str(subject.dtype)[6:]} ({subject.why}); checkpoint of step "
           f"{subject.state['step']}")
@@ -1450,8 +1462,8 @@ def evaluate(cfg, blind_steps=300):
     print_page(page, records)
     store_maps(out / "attention.npz", subject, asked, odds, chosen, maps)
     lines = [json.dumps(record) + "\n" for record in records]
-    (out / "failures.jsonl").write_text("".join(lines), encoding="utf-8")
-    (out / "eval.json").write_text(json.dumps(page, indent=1, allow_nan=False), encoding="utf-8")
+    write(out / "failures.jsonl", "".join(lines))
+    write(out / "eval.json", page)
     print(f"\nwrote eval.json, failures.jsonl and attention.npz to {out} in {time.time() - start:.0f} s")
     return page
 
