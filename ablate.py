@@ -26,6 +26,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import json
 import math
 import random
@@ -204,19 +205,18 @@ def unbalanced_items(cfg):
     number = Counter(q.template for q in kept)
     frames = prepare.Frames(Path(cfg.data_dir) / "frames.jsonl")
     made = []
-    picture = None
-    for item in prepare.read_items(cfg.data_dir, "train"):
-        # The commands about a picture are neighbours in the file.
-        if item["picture"] != picture:
-            picture = item["picture"]
-            view = View(frames[picture], cfg)
-            known = [q for q in kept if q.truth(view) != UNSURE]
-            # A template with many objects and places is asked no more often than one with few.
-            shares = [TEMPLATES[q.template].share / number[q.template] for q in known]
-        if item["answer"] is not None:
-            question, = rng.choices(known, shares)
-            item = commands.make_item(picture, question, view, rng)
-        made.append(item)
+    # The commands about a picture are neighbours in the file.
+    stored = prepare.read_items(cfg.data_dir, "train")
+    for picture, items in itertools.groupby(stored, key=lambda item: item["picture"]):
+        view = View(frames[picture], cfg)
+        known = [q for q in kept if q.truth(view) != UNSURE]
+        # A template with many objects and places is asked no more often than one with few.
+        shares = [TEMPLATES[q.template].share / number[q.template] for q in known]
+        for item in items:
+            if item["answer"] is not None:
+                question, = rng.choices(known, shares)
+                item = commands.make_item(picture, question, view, rng)
+            made.append(item)
     return made
 
 

@@ -416,7 +416,7 @@ class Questions:
         """
         if self.cfg.source != "drawn" or self.data.name != "test":
             return []
-        question = {int(row): i for i, row in enumerate(self.rows)}
+        question = {row: i for i, row in enumerate(self.rows)}
         found = []
         with open(Path(self.cfg.data_dir) / "twins.jsonl", encoding="utf-8") as file:
             for twin in map(json.loads, file):
@@ -608,7 +608,7 @@ def controls(subject, asked, odds, meta, blind_steps):
         return {name: asked.accuracy(answer, where) for name, answer in answers.items()}
     # By template too, because a leak in one could hide in the mean of all.
     templates = np.array([question.template for question in asked.questions])
-    by_template = {template: scores_of(templates == template) for template in sorted(set(templates.tolist()))}
+    by_template = {template: scores_of(templates == template) for template in np.unique(templates)}
     # The gain is over the best control, or over always NO, which scores 50, where every control does worse.
     always_no = np.full(len(odds), -1.0)
     best = max((always_no, *answers.values()), key=lambda answer: asked.accuracy(answer)["value"] or 0)
@@ -759,7 +759,7 @@ def box_iou(maps, covers, threshold):
 
 def best_threshold(maps, covers):
     """The threshold of box_iou, as a share of the maximum, that fits these maps (n, P) best."""
-    thresholds = [t / 20 for t in range(1, 20)]
+    thresholds = np.arange(1, 20) / 20
     return max(thresholds, key=lambda t: box_iou(maps, covers, t).mean())
 
 
@@ -1038,7 +1038,7 @@ def k_means(points, k):
     for _ in range(50):
         label = squared_distances(points, centres).argmin(1)
         # A centre without points stays where it is.
-        for j in set(label.tolist()):
+        for j in np.unique(label):
             centres[j] = points[label == j].mean(0)
     return label
 
@@ -1050,7 +1050,7 @@ def silhouette(points, label):
     for i, own in enumerate(label):
         near = label == own
         near[i] = False
-        apart = [gap[i, label == c].mean() for c in set(label.tolist()) if c != own]
+        apart = [gap[i, label == c].mean() for c in np.unique(label) if c != own]
         if not near.any() or not apart:
             scores.append(0.0)           # by definition, for a point that is alone and for a single cluster
             continue
@@ -1081,7 +1081,7 @@ def specialisation(word):
     options = [k_means(logs, k) for k in range(1, min(6, len(logs)) + 1)]
     label = max(options, key=lambda one: silhouette(logs, one))
     clusters = []
-    for c in sorted(set(label.tolist())):
+    for c in np.unique(label):
         mean = np.exp(logs[label == c].mean(0))
         heads = np.argwhere(label.reshape(profile.shape[:2]) == c)
         clusters.append(dict(heads=heads, looks_for=kinds[mean.argmax()], enrichment=mean.max(), mean=mean.mean()))
@@ -1141,7 +1141,7 @@ def parts(question, view):
         found = [simplest(question.category), simplest(question.other)]
     elif template in ("straight", "stop", "turn", "change"):
         found = [Question("clear", place, "") for place in question.ways()]
-        if template != "change":
+        if question.obeys_light():
             found += [Question("light", colour, "") for colour in commands.COLOURS]
     elif template == "clear":
         found = [Question("exists_at", category, question.side) for category in commands.ROAD_USERS]
@@ -1313,10 +1313,11 @@ def text_of(entry, unit="", digits=2):
 
 def headline(page):
     """The figures that matter most: [(name, estimate, what to compare it with)]."""
-    rows = [("all questions", page["overall"], "guessing: 50")]
-    rows += [(f"- {name}", entry, "") for name, entry in page["by"]["family"].items()]
-    rows += [(f"control: {name}", entry, "must be 50") for name, entry in page["controls"].items()]
-    rows.append(("vision gain, points over the best control", page["vision_gain"], "at most 50"))
+    rows = [
+        ("all questions", page["overall"], "guessing: 50"),
+        *((f"- {name}", entry, "") for name, entry in page["by"]["family"].items()),
+        *((f"control: {name}", entry, "must be 50") for name, entry in page["controls"].items()),
+        ("vision gain, points over the best control", page["vision_gain"], "at most 50")]
     for name, text in (("test_words", "paraphrases"), ("test_combos", "questions")):
         if name in page["held_out"]:
             drop = text_of(page["held_out"][f"{name}, drop"])
@@ -1324,8 +1325,9 @@ def headline(page):
     rows.append(("weather and times never trained on", page["ood"]["all"], "guessing: 50"))
     if page["twins"]:
         rows.append(("twins, both right", page["twins"]["both_right"], "guessing: 25"))
-    rows.append(("reasons true by the rules", page["reasons"]["true"], ""))
-    rows.append(("right answer, false reason", page["reasons"]["shortcut_rate"], ""))
+    rows += [
+        ("reasons true by the rules", page["reasons"]["true"], ""),
+        ("right answer, false reason", page["reasons"]["shortcut_rate"], "")]
     for looker, text in (("word", "an object's word"), ("answer", "the answer")):
         found = page["attention"]["grounding"][looker]
         if "scores" in found:
@@ -1461,8 +1463,7 @@ def evaluate(cfg, blind_steps=300):
     page = rounded(page)
     print_page(page, records)
     store_maps(out / "attention.npz", subject, asked, odds, chosen, maps)
-    lines = [json.dumps(record) + "\n" for record in records]
-    write(out / "failures.jsonl", "".join(lines))
+    write(out / "failures.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     write(out / "eval.json", page)
     print(f"\nwrote eval.json, failures.jsonl and attention.npz to {out} in {time.time() - start:.0f} s")
     return page
