@@ -970,7 +970,10 @@ def rising_rates(run, data, reads):
     return dict(scale=scales, loss=losses, suggested=suggested)
 
 
-TITLES = {"see": "first stage: the encoder alone", "read": "second stage, from new weights"}
+# The title of each stage, and the rates that it uses.
+STAGES = {
+    "see": ("first stage: the encoder alone", ("lr_vision",)),
+    "read": ("second stage, from new weights", ("lr", "lr_projection", "lr_vision"))}
 
 
 def lr_range(cfg):
@@ -985,15 +988,15 @@ def lr_range(cfg):
     stages = ("see", "read") if train.see_updates(cfg) else ("read",)
     figure, axes = visualize.plot(1, len(stages), 2.1)
     for stage, axis in zip(stages, axes[0]):
+        title, names = STAGES[stage]
         # Each stage begins anew, with the same weights.
         torch.manual_seed(cfg.seed)
         entry = found[stage] = rising_rates(Run(cfg, data, pick_device(cfg)), data, stage == "read")
-        names = ("lr_vision",) if stage == "see" else ("lr", "lr_projection", "lr_vision")
         rates = [f"--{name}={entry['suggested'] * getattr(cfg, name):.1e}" for name in names]
-        text += f"{TITLES[stage]}: try {' '.join(rates)}, {entry['suggested']:.2g} times the rates of the settings.\n"
+        text += f"{title}: try {' '.join(rates)}, {entry['suggested']:.2g} times the rates of the settings.\n"
         axis.plot(entry["scale"], entry["loss"], color=SERIES[0])
         axis.axvline(entry["suggested"], color=SERIES[1], lw=0.8, label="suggested")
-        axis.set(title=TITLES[stage], xscale="log", xlabel="times the rates of the settings", ylabel="running loss")
+        axis.set(title=title, xscale="log", xlabel="times the rates of the settings", ylabel="running loss")
         axis.legend()
     write(out / "lr_range.json", found)
     write(out / "lr_range.md", text)

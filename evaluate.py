@@ -922,7 +922,7 @@ def distances(a, b):
     norms = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
     return dict(
         cosine=(a * b).sum(-1) / norms,
-        l2=np.sqrt(((a - b) ** 2).sum(-1)),
+        l2=np.linalg.norm(a - b, axis=-1),
         # The entropy of the mean map minus the mean of the entropies.
         js=entropy((a + b) / 2) - (entropy(a) + entropy(b)) / 2)
 
@@ -1276,14 +1276,13 @@ def compare(other, asked, odds):
 # ---- the page ----
 
 def rounded(value):
-    """Plain Python values of 4 decimals, ready for JSON; numbers that are not finite become None."""
+    """Plain Python values of 4 decimals, ready for JSON, which knows no NaN: numbers that are not finite become None."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, dict):
         return {str(k): rounded(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [rounded(v) for v in value]
-    # JSON knows no NaN: what cannot be computed becomes null.
     if isinstance(value, float):
         return round(value, 4) if math.isfinite(value) else None
     return value
