@@ -401,7 +401,7 @@ class Questions:
         return self.frames[self.picture[i]]
 
     def cover(self, i, things, side):
-        """Share of each of side x side patches of question i's picture that the boxes of things (Thing) cover."""
+        """As the function `cover`, of question i's picture and the boxes of things (Thing): (side * side,)."""
         labels = self.frame(i)["labels"]
         return cover([labels[thing.label] for thing in things], self.cfg.image_size, side)
 
@@ -1276,7 +1276,7 @@ def compare(other, asked, odds):
 # ---- the page ----
 
 def rounded(value):
-    """Plain Python values of 4 decimals, ready for JSON, which knows no NaN: numbers that are not finite become None."""
+    """Plain Python values of 4 decimals, ready for JSON; numbers that are not finite, which it lacks, become None."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, dict):
