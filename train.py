@@ -33,7 +33,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +46,13 @@ import commands
 import config
 import prepare
 from config import UserError
-from model import VLM, WordTagger, as_rows, autocast, pick_device, pick_dtype
+from model import VLM, WordTagger, as_rows, autocast, parameter_stats, pick_device, pick_dtype
 from tokenizer import IGNORE, NO, YES, Tokenizer
 
 FORMAT = 4                    # of checkpoints
+MEMORY = ("best", "since_best", "top", "unlogged")          # what a Run remembers of its updates
 # What of a checkpoint only training needs.
-PROGRESS = ("tagger", "optimizer", "scaler", "best", "since_best", "top", "unlogged")
+PROGRESS = ("tagger", "optimizer", "scaler", *MEMORY)
 # Sections of config.py whose settings shape what is trained: a resumed run may change only the others, and how long it
 # reads.
 SHAPING = ("data", "commands", "model", "training")
@@ -241,11 +242,11 @@ class Data:
 def prefetched(make, first, last, depth):
     """make(i) for i in [first, last), computed by a thread up to `depth` ahead."""
     with ThreadPoolExecutor(1) as thread:
-        ahead = deque(thread.submit(make, i) for i in range(first, min(first + depth, last)))
-        for i in range(first, last):
+        jobs = (thread.submit(make, i) for i in range(first, last))
+        ahead = deque(islice(jobs, depth))
+        while ahead:
             item = ahead.popleft().result()
-            if i + depth < last:
-                ahead.append(thread.submit(make, i + depth))
+            ahead.extend(islice(jobs, 1))
             yield item
 
 
@@ -385,7 +386,7 @@ def lr_scale(step, cfg):
     """Share of the peak learning rate at update `step`: in each stage a linear warm-up, then cfg.schedule."""
     length = see_updates(cfg)
     if step >= length:                                      # the second stage
-        step = step - length
+        step -= length
         length = updates(cfg, cfg.read_pictures)
     warmup = updates(cfg, cfg.warmup_pictures)
     if step < warmup:
@@ -407,7 +408,7 @@ def make_optimizer(model, tagger, cfg, device):
              "contrast": cfg.lr}
     named = list(model.named_parameters())
     if tagger is not None:
-        named += [(f"tagger.{name}", p) for name, p in tagger.named_parameters()]
+        named += tagger.named_parameters("tagger")
     groups = {}
     for name, p in named:
         part = name.split(".")[0]
@@ -522,11 +523,9 @@ def load_model(cfg, make_model=VLM):
     device = pick_device(cfg)
     path = cfg.checkpoint or str(Path(cfg.out_dir) / "best.pt")
     state = load_checkpoint(path, device)
-    settings = dict(vars(cfg))
-    for name, value in state["config"].items():
-        if name not in RESUMABLE and name != "seed":        # what is shown and sampled is drawn by cfg's seed
-            settings[name] = value
-    cfg = type(cfg)(**settings)
+    # What is shown and sampled is drawn by cfg's seed.
+    shaping = {name: value for name, value in state["config"].items() if name not in RESUMABLE | {"seed"}}
+    cfg = type(cfg)(**{**vars(cfg), **shaping})
     tokenizer = Tokenizer(state["words"])
     model = make_model(cfg, len(tokenizer))
     if cfg.lora_rank:
@@ -552,9 +551,8 @@ def export(cfg):
 def resize_positions(positions, patches):
     """Learned positions (P, D) of a square grid, interpolated bilinearly to `patches` positions."""
     old = math.isqrt(len(positions))
-    new = math.isqrt(patches)
     square = positions.T.unflatten(1, (old, old))[None]                           # (1, D, old, old)
-    return F.interpolate(square, size=(new, new), mode="bilinear")[0].flatten(1).T.contiguous()
+    return F.interpolate(square, math.isqrt(patches), mode="bilinear")[0].flatten(1).T.contiguous()
 
 
 def start_from(cfg, model, tagger, data):
@@ -672,8 +670,8 @@ class Run:
                 format=FORMAT, config=vars(self.cfg), words=self.data.tokenizer.words, mean=self.data.mean,
                 std=self.data.std, data_hash=config.data_hash(self.cfg), model=self.model.state_dict(),
                 tagger=self.tagger and self.tagger.state_dict(), optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(), step=self.step, best=self.best, since_best=self.since_best,
-                top=self.top, unlogged=self.unlogged))
+                scaler=self.scaler.state_dict(), step=self.step,
+                **{name: getattr(self, name) for name in MEMORY}))
         summed(torch.zeros(1))
 
     def resume(self, path):
@@ -694,7 +692,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:                                 # empty but for float16
             self.scaler.load_state_dict(state["scaler"])
-        for name in ("step", "best", "since_best", "top", "unlogged"):
+        for name in ("step", *MEMORY):
             setattr(self, name, state[name])
         print("; ".join([f"resumed {path} at step {self.step}", *changed.values()]))
 
@@ -781,13 +779,14 @@ class Log:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
 
-    def looks(self, step, confusion, batch, cross, data):
+    def looks(self, step, truth, said, batch, cross, data):
         """Tell TensorBoard what was confused, and where the first questions of a batch looked.
 
-        confusion: {truth: (how often YES was answered, how often NO)}; cross (layers, B, H, L, P).
+        truth, said: bool (n,), whether YES is true and was answered; cross (layers, B, H, L, P).
         """
         if self.board:
-            lines = [f"| {truth} | {yes} | {no} |" for truth, (yes, no) in confusion.items()]
+            lines = [f"| {name} | {said[own].sum()} | {(~said[own]).sum()} |"
+                     for name, own in (("YES", truth), ("NO", ~truth))]
             self.board.add_text("confusion", "\n".join(["| truth | YES | NO |", "|---|---|---|", *lines]), step)
             picture, asked = attention_pictures(batch, cross, data)
             if asked:
@@ -835,11 +834,6 @@ def ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
-def seed_of_update(cfg, step, rank):
-    """Seed the random numbers of an update (dropout) by its place, so that a checkpoint needs to hold no state."""
-    torch.manual_seed(int(np.random.default_rng([cfg.seed, 2, step, rank]).integers(2 ** 63)))
-
-
 def stop_at_bad_batch(run, loss, norm, out):
     """Keep the batch of an update that was not done, and end with the reason."""
     cfg = run.cfg
@@ -856,9 +850,9 @@ def introduce(run):
     """Print what will be trained, how, and on what; and one text token by token, with what each learns to say next."""
     cfg = run.cfg
     ranks = processes()[1]
-    size = sum(p.numel() for p in run.model.parameters())
-    learns = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    passes = (all_updates(cfg) * cfg.batch_size * cfg.grad_accum) / len(run.data.pictures)
+    counts, _ = parameter_stats(run.model)
+    size, learns = counts["total"]
+    passes = all_updates(cfg) * cfg.batch_size * cfg.grad_accum / len(run.data.pictures)
     print(f"device {run.device}, dtype {str(run.dtype)[6:]} ({run.why}), {torch.get_num_threads()} threads, "
           + (f"{ranks} processes, " if ranks > 1 else "") + f"torch {torch.__version__}")
     print(f"{learns / 1e6:.2f}M of {size / 1e6:.2f}M parameters learn, from {len(run.data.pictures)} pictures and "
@@ -879,7 +873,7 @@ def log_updates(run, log, clock, scale, reads, norm):
     spent = sum(clock.seconds.values())
     # A run that was resumed has losses from before it was stopped, but no times.
     ms = 1000 * spent / (run.step - log.since)
-    pictures = 1000 * cfg.batch_size * cfg.grad_accum / ms
+    pictures = 1000 * log.pictures / ms
     numbers = dict(loss=total / count, lr=scale * (cfg.lr if reads else cfg.lr_vision), grad_norm=norm, ms=ms,
                    pictures_per_s=pictures, wait_share=clock.seconds["data"] / spent, memory_mb=peak_memory(run.device))
     speed = f"{pictures:.0f} pictures/s"
@@ -906,8 +900,6 @@ def validate(run, val, log):
     truth = val.index[rows, 3] == 1
     accuracy = balanced_accuracy(truth, odds)
     loss = float(np.logaddexp(0, np.where(truth, -odds, odds)).mean())
-    confusion = {name: (int((odds[own] > 0).sum()), int((odds[own] <= 0).sum()))
-                 for name, own in (("YES", truth), ("NO", ~truth))}
     batch = run.data.batch(0, min(8, cfg.batch_size))
     with torch.no_grad():
         _, attn = run.model(batch.images.to(run.device), batch.tokens.to(run.device), batch.segment.to(run.device),
@@ -918,7 +910,7 @@ def validate(run, val, log):
           f"(guessing: 0.693), cross-attention entropy {entropy:.2f} of {math.log(cross.shape[-1]):.2f}, "
           f"{time.time() - log.start:.0f} s", flush=True)
     log.row(run.step, val_accuracy=accuracy, val_loss=loss, attention_entropy=entropy)
-    log.looks(run.step, confusion, batch, cross, run.data)
+    log.looks(run.step, truth, odds > 0, batch, cross, run.data)
     return accuracy
 
 
@@ -1003,7 +995,8 @@ def train(cfg, make_model=VLM, make_data=Data):
                     print(f"\nstopped at step {run.step}, saved {out / 'last.pt'}; to resume add --resume=True to the "
                           "command")
                     raise KeyboardInterrupt
-                seed_of_update(cfg, run.step, rank)
+                # Dropout is seeded by the place of the update, so that a checkpoint needs to hold no random state.
+                torch.manual_seed(int(np.random.default_rng([cfg.seed, 2, run.step, rank]).integers(2 ** 63)))
                 loss, norm, done = run.update(micros, total, reads, clock)
                 if not done:
                     stop_at_bad_batch(run, loss, norm, out)
