@@ -272,6 +272,11 @@ def processes():
     return 0, 1
 
 
+def is_first():
+    """Whether this is the process that writes files: the only one, or the first."""
+    return processes()[0] == 0
+
+
 def summed(tensor):
     """`tensor` summed over all processes, in place; it waits for all. Raises UserError when one of them is gone."""
     if processes()[1] > 1:
@@ -441,18 +446,14 @@ def predict(model, data, cfg, dtype, limit=0):
         count = max(1, round(len(groups) * limit / len(rows)))
         groups = [groups[i] for i in np.linspace(0, len(groups) - 1, count).astype(int)]
         rows = np.concatenate(groups)
-    odds = np.zeros(len(rows), np.float32)
-    done = 0
-    for number, start in enumerate(range(0, len(groups), cfg.eval_batch)):
+    odds = np.zeros(len(data.index), np.float32)            # 0 for what another process answers
+    for start in range(rank * cfg.eval_batch, len(groups), ranks * cfg.eval_batch):
         part = groups[start:start + cfg.eval_batch]
-        end = done + sum(map(len, part))
-        if number % ranks == rank:
-            pictures = data.images[[data.index[group[0], 0] for group in part]]
-            images = torch.from_numpy(normalise(pictures, data.mean, data.std))
-            prompts = [[data.tokens[row, :data.index[row, 1]].tolist() for row in group] for group in part]
-            odds[done:end] = model.ask(images, prompts, dtype)
-        done = end
-    return rows, summed(torch.from_numpy(odds)).numpy()
+        pictures = data.images[[data.index[group[0], 0] for group in part]]
+        images = torch.from_numpy(normalise(pictures, data.mean, data.std))
+        prompts = [[data.tokens[row, :data.index[row, 1]].tolist() for row in group] for group in part]
+        odds[np.concatenate(part)] = model.ask(images, prompts, dtype)
+    return rows, summed(torch.from_numpy(odds)).numpy()[rows]
 
 
 def balanced_accuracy(truth, odds):
@@ -665,7 +666,7 @@ class Run:
 
     def save(self, path):
         """Write a checkpoint; in several processes the first writes, and the others wait until it is written."""
-        if processes()[0] == 0:
+        if is_first():
             save_checkpoint(path, dict(
                 format=FORMAT, config=vars(self.cfg), words=self.data.tokenizer.words, mean=self.data.mean,
                 std=self.data.std, data_hash=config.data_hash(self.cfg), model=self.model.state_dict(),
@@ -744,7 +745,7 @@ class Log:
     def __init__(self, run):
         cfg = run.cfg
         step = run.step
-        first = processes()[0] == 0
+        first = is_first()
         path = Path(cfg.out_dir) / "log.csv" if first else Path(os.devnull)
         self.pictures = cfg.batch_size * cfg.grad_accum     # of an update
         self.start = time.time()
@@ -838,7 +839,7 @@ def stop_at_bad_batch(run, loss, norm, out):
     """Keep the batch of an update that was not done, and end with the reason."""
     cfg = run.cfg
     path = out / "bad_batch.pt"
-    if processes()[0] == 0:
+    if is_first():
         save_checkpoint(path, dict(
             step=run.step, loss=loss, norm=norm, position=run.step * cfg.grad_accum * cfg.batch_size,
             micro_batches=[vars(micro) for micro in run.data.micro_batches(run.step, 0, cfg.batch_size)]))
@@ -930,7 +931,7 @@ def test(run, meta, start):
     result.update(val_accuracy=run.best, parameters=sum(p.numel() for p in run.model.parameters()), steps=run.step,
                   seed=cfg.seed, seconds=round(time.time() - start, 1))
     print("---", *(f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()), sep="\n")
-    if processes()[0] == 0:
+    if is_first():
         (best.parent / "train.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     if processes()[1] > 1:
         summed(torch.zeros(1))                              # nobody leaves while another still needs its answer
@@ -940,7 +941,7 @@ def test(run, meta, start):
 
 def ready_data(cfg):
     """meta of the data; where there are none, the first process prepares them while the others wait."""
-    if processes()[0] == 0:
+    if is_first():
         prepare.ready(cfg)
     summed(torch.zeros(1))
     return prepare.load_meta(cfg)
