@@ -348,8 +348,9 @@ class Subject:
 class Questions:
     """The questions of a set, with their pictures and frames.
 
-    .rows (n,): their rows in the set's commands; .items (dicts); .questions (Question); .prompts (lists of ids);
-    .truth (n,) bool; .picture (n,): number of the picture; .frames and .views: by number of the picture; .data.
+    .rows (n,): their rows in the set's commands; .at: {row: question}; .items (dicts); .questions (Question);
+    .prompts (lists of ids); .truth (n,) bool; .picture (n,): number of the picture; .frames and .views: by number of
+    the picture; .data.
     """
 
     def __init__(self, subject, meta, name, limit=0, verdicts=True):
@@ -379,6 +380,7 @@ class Questions:
         self.cfg = subject.cfg
         self.data = data
         self.rows = rows
+        self.at = {int(row): i for i, row in enumerate(rows)}
         self.items = items
         self.questions = [commands.question_of(item) for item in items]
         # The same ids as the stored tokens of the set up to the question mark.
@@ -416,12 +418,11 @@ class Questions:
         """
         if self.cfg.source != "drawn" or self.data.name != "test":
             return []
-        question = {row: i for i, row in enumerate(self.rows)}
         found = []
         with open(Path(self.cfg.data_dir) / "twins.jsonl", encoding="utf-8") as file:
             for twin in map(json.loads, file):
-                if twin[kind] and twin["item"] in question:
-                    found.append((question[twin["item"]], twin[kind]))
+                if twin[kind] and twin["item"] in self.at:
+                    found.append((self.at[twin["item"]], twin[kind]))
         return found
 
     def jobs(self, chosen=None, shown=None):
@@ -481,7 +482,7 @@ class Questions:
         return found
 
     def sample(self, count, seed, where=slice(None)):
-        """Up to `count` of the questions (or of those where `where` is true), drawn by seed, in order."""
+        """Up to `count` of the questions (or of those that `where` selects), drawn by seed, in order."""
         candidates = np.arange(len(self.rows))[where]
         return np.sort(np.random.default_rng(seed).permutation(candidates)[:count])
 

@@ -3114,10 +3114,10 @@ def report(evaluated):
 
 def test_the_report_holds_every_figure_and_needs_no_network(report, capsys, monkeypatch):
     """Every figure is made, though none is rendered here: that takes a second each."""
-    def write(figure, kind, path, dpi):
+    def save(figure, path, dpi, vector):
         Image.new("RGB", (dpi, dpi)).save(f"{path}.png")
         return [Path(f"{path}.png")]
-    monkeypatch.setattr(visualize, "write", write)
+    monkeypatch.setattr(visualize, "save", save)
     monkeypatch.setattr(visualize, "COLUMNS", 1)            # of examples in a row: fewer to draw
     out = Path(report.cfg.out_dir)
     (out.parent / "ablation").mkdir(exist_ok=True)
@@ -3149,7 +3149,7 @@ def test_examples_are_drawn_by_the_seed_and_wrong_answers_shown_with_the_truth(r
     note = axes.get_xlabel()
     assert axes.get_title(loc="center").replace("\n", " ") == visualize.tidy(record["command"]) + "?"
     assert note.startswith(f"said {'NO' if record['truth'] == 'YES' else 'YES'}") and f"{record['type']} error" in note
-    assert np.array_equal(axes.images[0].get_array(), report.asked.pixels(report.at[record["item"]]))
+    assert np.array_equal(axes.images[0].get_array(), report.asked.pixels(report.asked.at[record["item"]]))
     assert fields == dict(columns=5, n=len(report.failures), sure=1) and not figure.axes[6].images
 
 

@@ -155,10 +155,10 @@ ACCENT = SERIES[1]
 WIDTH = 7.1
 PANEL = 1.2                   # largest side of a panel
 FONT = 7.5                    # points
+SMALL = dict(fontsize=FONT - 1, color=QUIET)
 BACK = 0.78                   # mean grey of the picture below a map
 # Animations are for screens only; at the dots of print their files would be huge.
 SCREEN_DPI = 120
-EDGES = ("x1", "y1", "x2", "y2")                          # of a label's box, in pixels
 plt.rcParams.update({
     "font.size": FONT, "axes.titlesize": FONT + 0.5, "axes.labelsize": FONT, "xtick.labelsize": FONT - 0.5,
     "ytick.labelsize": FONT - 0.5, "legend.fontsize": FONT - 0.5, "legend.frameon": False, "axes.spines.top": False,
@@ -168,14 +168,19 @@ plt.rcParams.update({
 warnings.filterwarnings("ignore", "Glyph")
 
 
-def save(figure, path, dpi, vector=False):
-    """Write a figure to path.png and, with `vector`, to path.pdf. Closes the figure and returns the files."""
+def save(drawn, path, dpi, vector=False):
+    """Write a figure to path.png and, with `vector`, to path.pdf; a list of figures, as an animation, to path.gif.
+
+    Closes the figures and returns the files.
+    """
+    if isinstance(drawn, list):
+        return save_animation(drawn, path)
     files = [Path(f"{path}.png")]
     if vector:
         files.append(Path(f"{path}.pdf"))
     for file in files:
-        figure.savefig(file, dpi=dpi, bbox_inches="tight", pad_inches=0.05)
-    plt.close(figure)
+        drawn.savefig(file, dpi=dpi, bbox_inches="tight", pad_inches=0.05)
+    plt.close(drawn)
     return files
 
 
@@ -192,16 +197,16 @@ def save_animation(figures, path):
     return [file]
 
 
-def overlay(name, height):
-    """matplotlib's colours `name` (256), clear where `height` (256,) is 0 and less transparent the farther from it."""
+def overlay(name, low):
+    """matplotlib's 256 colours `name` for values from `low` to 1: clear at 0, less transparent the farther from it."""
     colours = matplotlib.colormaps[name](np.linspace(0, 1, 256))
     # Never opaque, so that the picture is seen below; the root makes small values visible.
-    colours[:, 3] = np.abs(0.8 * height) ** 0.5
+    colours[:, 3] = np.abs(0.8 * np.linspace(low, 1, 256)) ** 0.5
     return ListedColormap(colours).with_extremes(under=(0, 0, 0, 0))
 
 
-OVERLAY = overlay("plasma_r", np.linspace(0, 1, 256))
-CHANGE = overlay("PuOr", np.linspace(-1, 1, 256))
+OVERLAY = overlay("plasma_r", 0)
+CHANGE = overlay("PuOr", -1)
 
 Scale = namedtuple("Scale", "colours norm ticks name")
 
@@ -236,12 +241,12 @@ def peak(panel):
 
 def corners(label):
     """The edges [x1, y1, x2, y2] of a label's box, in pixels."""
-    return [label["box2d"][edge] for edge in EDGES]
+    return [label["box2d"][edge] for edge in prepare.EDGES]
 
 
 def label_at(*edges):
     """A label whose box has these edges (x1, y1, x2, y2), in pixels."""
-    return dict(box2d=dict(zip(EDGES, edges)))
+    return dict(box2d=dict(zip(prepare.EDGES, edges)))
 
 
 def rounded(values, digits=0):
@@ -284,7 +289,7 @@ def draw_panels(rows, title, subtitle, vmax=0.0):
     shown = [panel for _, panels in rows for panel in panels if panel.map is not None]
     changes = [peak(panel) for panel in shown if is_change(panel)]
     maps = [peak(panel) for panel in shown if not is_change(panel)]
-    scale = attention_scale(max([4.0, vmax, *maps]))
+    scale = attention_scale(max(4.0, vmax, *maps))
     change = change_scale(max([2.0, *changes]))
 
     # Inches that the colour bar and the texts of the rows take.
@@ -304,7 +309,7 @@ def draw_panels(rows, title, subtitle, vmax=0.0):
     # Commands may hold $ signs, which matplotlib would read as mathematics: hence parse_math.
     figure.suptitle(wrapped(title, width, FONT + 1.5), x=0.01, ha="left", fontsize=FONT + 1.5, weight="bold",
                     parse_math=False)
-    figure.supxlabel(wrapped(subtitle, width, FONT - 1), x=0.01, ha="left", fontsize=FONT - 1, color=QUIET)
+    figure.supxlabel(wrapped(subtitle, width, FONT - 1), x=0.01, ha="left", **SMALL)
     for line, (text, panels) in zip(axes, rows):
         line[0].text(-0.08, 0.5, wrapped(text, 1, FONT - 1), fontsize=FONT - 1, ha="right", va="center",
                      transform=line[0].transAxes)
@@ -330,7 +335,7 @@ def draw_panel(axes, panel, scale, size, font):
     pixels = len(panel.picture)
     extent = (0, pixels, pixels, 0)
     if panel.map is None:
-        axes.imshow(panel.picture, extent=extent, interpolation="antialiased")
+        axes.imshow(panel.picture, extent=extent)
     else:
         # Pale and of little contrast, so that the colours on it can be compared with those of the bar.
         grey = np.asarray(ImageOps.autocontrast(Image.fromarray(panel.picture).convert("L"), 1)) / 255
@@ -355,9 +360,9 @@ def colour_bar(axes, scale):
 
 # ---- drawing: plots ----
 
-def plot(rows, columns, height, width=WIDTH, **kwargs):
-    """(figure, axes (rows, columns)) that matplotlib lays out itself; width and height in inches."""
-    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **kwargs)
+def plot(rows, columns, height, **kwargs):
+    """(figure, axes (rows, columns)) that matplotlib lays out itself, WIDTH wide; height in inches."""
+    return plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **kwargs)
 
 
 def heat(axes, table, rows, columns, texts, cmap="cividis", norm=None, bar="", **labels):
@@ -372,7 +377,7 @@ def heat(axes, table, rows, columns, texts, cmap="cividis", norm=None, bar="", *
             continue
         # White text on dark cells: the weights are those of luminance.
         text = texts.format(value) if isinstance(texts, str) else texts[i][j]
-        dark = np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.59, 0.11)) < 0.5
+        dark = np.dot(image.to_rgba(value)[:3], (0.3, 0.59, 0.11)) < 0.5
         axes.text(j, i, text, ha="center", va="center", fontsize=FONT - 2, color="white" if dark else INK)
     if bar:
         axes.figure.colorbar(image, ax=axes, label=bar, fraction=0.05, pad=0.02).ax.tick_params(length=2)
@@ -419,24 +424,25 @@ def in_rows(panels, columns):
     return [("", panels[start:start + columns]) for start in range(0, len(panels), columns)]
 
 
-def answer_panel(shot, label):
-    return Panel(shot.picture, shot.maps[-1], label, shot.boxes[-1])
+def shot_panel(shot, label, found=None):
+    """The picture of a shot, with a map (side, side) or without, and the boxes of its answer."""
+    return Panel(shot.picture, found, label, shot.boxes[-1])
 
 
 def draw_words(shot, layer=None):
     """A map for each word and for the answer: the mean of all layers, or one of them."""
-    by_layer = shot.cross.mean(1)                        # (L, n + 1, side, side)
     layers, heads, _, side, _ = shot.cross.shape
-    maps = by_layer.mean(0)
+    maps = shot.maps
     rest = f"Mean of {layers} layers × {heads} heads."
     vmax = 0.0
     if layer is not None:
+        by_layer = shot.cross.mean(1)                    # (L, n + 1, side, side)
         maps = by_layer[layer]
         rest = f"Layer {layer}, mean of {heads} heads."
         # The frames of an animation share one scale.
         vmax = side * side * by_layer.max()
     names = shot.words + ["answer" if shot.verdict else "description"]
-    panels = [Panel(shot.picture, label=f"picture, {len(shot.picture)} px", boxes=shot.boxes[-1])]
+    panels = [shot_panel(shot, f"picture, {len(shot.picture)} px")]
     panels += [Panel(shot.picture, *entry) for entry in zip(maps, names, shot.boxes)]
     # At most six in a row: with more, the texts below them would run into each other.
     columns = math.ceil(len(panels) / math.ceil(len(panels) / 6))
@@ -450,17 +456,15 @@ def draw_layers(shot):
 
 def draw_heads(shot):
     """The answer's map in every head of every layer."""
-    rows = []
-    for layer, maps in enumerate(shot.cross[:, :, -1]):
-        panels = [Panel(shot.picture, found, f"head {head}", shot.boxes[-1]) for head, found in enumerate(maps)]
-        rows.append((f"layer {layer}", panels))
+    rows = [(f"layer {layer}", [shot_panel(shot, f"head {head}", found) for head, found in enumerate(maps)])
+            for layer, maps in enumerate(shot.cross[:, :, -1])]
     return draw_panels(rows, title_of(shot), maps_line(shot.maps.shape[-1], "All heads, at the answer."))
 
 
 def draw_vision(shot):
     """Self-attention of the encoder from the patch that the answer looked at most: heads, their mean and rollout."""
     side = shot.maps.shape[-1]
-    patch = int(shot.maps[-1].argmax())
+    patch = shot.maps[-1].argmax()
     row, column = divmod(patch, side)
     outlined = label_at(*np.array([column, row, column + 1, row + 1]) * len(shot.picture) / side)
     own = np.eye(side * side)
@@ -482,11 +486,11 @@ def draw_vision(shot):
 def draw_text(shot):
     """Self-attention of the decoder, tokens by tokens."""
     tokens = ["[SOS]", *shot.words, "?"]
-    future = np.triu(np.ones(shot.text.shape[-2:], bool), 1)
+    past = np.tri(len(tokens), dtype=bool)               # and the token itself
     figure, axes = plot(1, len(shot.text), 2.5, sharey=True)
     for layer, (axis, weights) in enumerate(zip(axes[0], shot.text.mean(1))):
         # A square root, because a row of T tokens that look at all alike has only 1/T in each cell.
-        heat(axis, np.where(future, np.nan, weights), tokens, tokens, "", norm=PowerNorm(0.5, 0, 1),
+        heat(axis, np.where(past, weights, np.nan), tokens, tokens, "", norm=PowerNorm(0.5, 0, 1),
              title=f"layer {layer}")
         axis.tick_params("x", rotation=90)
     axes[0, 0].set_ylabel("the token that looks ...")
@@ -503,7 +507,7 @@ def draw_comparison(pairs):
         first, second = (shot.maps[-1] for shot in pair)
         apart = evaluate.distances(first.ravel(), second.ravel())
         note = "L2 {l2:.3f}\ncosine {cosine:.2f}\nJensen-Shannon {js:.3f}".format(**apart)
-        answers = [answer_panel(shot, f"{asked_text(shot)}\n{verdict_text(shot)}") for shot in pair]
+        answers = [shot_panel(shot, f"{asked_text(shot)}\n{verdict_text(shot)}", shot.maps[-1]) for shot in pair]
         change = Panel(picture, second - first, "second − first", note=note)
         rows.append(("", [Panel(picture, label="picture"), *answers, change]))
     return draw_panels(rows, "One picture, two commands: where the answer looked", maps_line(len(first)))
@@ -517,8 +521,7 @@ class Report:
     """What all figures are drawn from. Raises UserError, with the command that makes what is missing.
 
     subject, cfg, side: evaluate.Subject, its settings, patches along a side; page: eval.json; failures: dicts; stored:
-    attention.npz; asked: evaluate.Questions of the page's split; at: {item row: question}; meta: of the data; seed: of
-    all random choices.
+    attention.npz; asked: evaluate.Questions of the page's split; meta: of the data; seed: of all random choices.
     """
 
     def __init__(self, cfg):
@@ -542,7 +545,6 @@ class Report:
         if found != here:
             raise UserError(f"{out / 'eval.json'} is of {found}; the checkpoint and data here want {here}: {again}")
         self.asked = evaluate.Questions(self.subject, self.meta, self.page["split"])
-        self.at = {int(row): i for i, row in enumerate(self.asked.rows)}
 
     def rng(self):
         return np.random.default_rng(self.seed)
@@ -580,8 +582,8 @@ def named_boxes(frame, view, question, command):
     found = []
     for word in split_words(command):
         # A word names all certain objects of its kind: where they should be comes later in the command.
-        kinds = [category for category in question.objects if word in commands.NAMED[category]]
-        found.append(view.certain(kinds[0]) if kinds else [])
+        found.append([thing for category in question.objects if word in commands.NAMED[category]
+                      for thing in view.certain(category)])
     found.append(question.evidence(view))
     return [[frame["labels"][thing.label] for thing in things] for things in found]
 
@@ -596,7 +598,7 @@ def figure_pictures(report):
     panels = []
     for i, *_ in islice(report.pictures(), 2 * COLUMNS):
         labels = asked.frame(i)["labels"]
-        seen = [labels[thing.label] for thing in asked.view(i).objects if thing.certain == commands.TRUE]
+        seen = [labels[thing.label] for thing in asked.view(i).seen()]
         label = f"{report.command(i)}\n{yes_no(asked.truth[i])}: {tidy(asked.items[i]['reason'])}"
         panels.append(report.panel(i, label=label, boxes=seen))
     figure = draw_panels(in_rows(panels, COLUMNS), "Pictures and questions",
@@ -607,8 +609,7 @@ def figure_pictures(report):
 def figure_scene(kind):
     """The figure function that draws SCENE[kind] of one YES question about an object at a place."""
     def figure(report):
-        placed = np.array([question.template == "exists_at" for question in report.asked.questions])
-        where = report.asked.truth & placed
+        where = report.asked.truth & [question.template == "exists_at" for question in report.asked.questions]
         if not where.any():
             return None
         shot = report.shot(report.asked.sample(1, report.seed, where)[0])
@@ -643,7 +644,7 @@ def figure_gallery(report):
     rows = []
     for name in ("pedestrian", "traffic light", "car", "bicycle", "left", "right"):
         named = named_in(report, name)
-        chosen = asked.sample(300, report.seed, [i in named for i in range(len(asked.rows))])
+        chosen = asked.sample(300, report.seed, list(named))
         # Real pictures may hold no bicycles.
         if len(chosen) < columns:
             continue
@@ -694,12 +695,13 @@ def figure_twins(report):
         frame = prepare.scene_frame(spec, report.cfg)
         twin = answer(report.subject, prepare.draw_scene(spec, report.cfg.image_size), command)
         twin = twin._replace(boxes=named_boxes(frame, View(frame, report.cfg), asked.questions[i], command))
-        panels = []
-        for name, shot, truth in (("scene", report.shot(i), asked.truth[i]),
-                                  (f"twin: {edit['kind']}", twin, not asked.truth[i])):
-            panels.append(Panel(shot.picture, label=name, boxes=shot.boxes[-1]))
-            panels.append(answer_panel(shot, f"{verdict_text(shot)}\ntruth {yes_no(truth)}"))
-        rows.append((report.command(i), panels))
+        shot = report.shot(i)
+        truth = asked.truth[i]
+        rows.append((report.command(i), [
+            shot_panel(shot, "scene"),
+            shot_panel(shot, f"{verdict_text(shot)}\ntruth {yes_no(truth)}", shot.maps[-1]),
+            shot_panel(twin, f"twin: {edit['kind']}"),
+            shot_panel(twin, f"{verdict_text(twin)}\ntruth {yes_no(not truth)}", twin.maps[-1])]))
     both = report.page["twins"]["both_right"]
     figure = draw_panels(rows, "Twins: one edit flips the truth", maps_line(report.side))
     return figure, dict(shown=len(rows), all=len(edits), both=text_of(both, "%"), n=both["n"])
@@ -707,7 +709,7 @@ def figure_twins(report):
 
 def figure_failures(report):
     asked = report.asked
-    where = [report.at[row] for row in report.stored["failure_items"]]
+    where = [asked.at[row] for row in report.stored["failure_items"]]
     # Only of these questions does a wrong NO say that an object which is there is not there.
     denied = [k for k, i in enumerate(where)
               if asked.truth[i] and asked.questions[i].template in ("exists", "exists_at", "near")]
@@ -742,7 +744,7 @@ def figure_wrong(report):
             p = max(record["p_yes"], 1 - record["p_yes"])
             note = f"said {yes_no(record['truth'] == 'NO')} ({100 * p:.0f}%)\ntruth: {tidy(record['reason'])}\n" \
                    f"{record['type']} error"
-            panels.append(report.panel(report.at[record["item"]], note=wrapped(note, PANEL, FONT - 1)))
+            panels.append(report.panel(report.asked.at[record["item"]], note=wrapped(note, PANEL, FONT - 1)))
         rows.append((f"{name}\nn={len(mine)}", panels))
     if not rows:
         return None
@@ -756,7 +758,7 @@ def figure_accuracy(report):
     page = report.page
     controls = page["controls"]
     templates = page["by"]["template"]
-    figure, ((left, middle, right),) = plot(1, 3, 3.3, gridspec_kw=dict(width_ratios=(1, 1.35, 0.75)))
+    figure, ((left, middle, right),) = plot(1, 3, 3.3, width_ratios=(1, 1.35, 0.75))
     intervals(left, {"all": page["overall"], **page["by"]["family"], **controls}, others=controls)
     left.set_title("families, and controls")
     intervals(middle, templates, shift=-0.3, label="model", bars=False)
@@ -765,7 +767,7 @@ def figure_accuracy(report):
         rows = {template: page["controls_by_template"][template][name] for template in templates}
         intervals(middle, rows, SERIES[3 - k], shift=0.2 * k - 0.1, label=name, bars=False)
     middle.set_title("templates")
-    figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=4)
     for axis in (left, middle):
         axis.axvline(50, color=INK, lw=0.6, ls=":")
         axis.set(xlabel="balanced accuracy, %", xlim=(38, 108))
@@ -847,7 +849,7 @@ def figure_calibration(report):
     # Is the model surer where its attention is less spread?
     nats = entropy(report.stored["answer_maps"].astype(np.float64))
     odds = report.stored["odds"]
-    right = (odds > 0) == report.asked.truth[[report.at[row] for row in report.stored["items"]]]
+    right = (odds > 0) == report.asked.truth[[report.asked.at[row] for row in report.stored["items"]]]
     for mine, colour, name in ((right, SERIES[0], "right"), (~right, SERIES[1], "wrong")):
         axis.scatter(nats[mine], np.abs(odds[mine]), s=3, alpha=0.4, color=colour, lw=0, rasterized=True,
                      label=f"{name}, n={mine.sum()}")
@@ -883,12 +885,12 @@ def figure_grounding(report):
 
 
 def figure_specialisation(report):
-    found = report.page["attention"]["specialisation"]
+    attention = report.page["attention"]
+    found = attention["specialisation"]
     if not found["categories"]:
         return None
     heads = report.page["head_ablation"]
-    spread = np.array([[entry["value"] for entry in layer]
-                       for layer in report.page["attention"]["entropy"]["by_head"]])
+    spread = np.array([[entry["value"] for entry in layer] for layer in attention["entropy"]["by_head"]])
     figure = plt.figure(figsize=(WIDTH, 5.0), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.3))
     # Above: what is lost without each head. The list holds layer after layer, head after head.
@@ -910,7 +912,7 @@ def figure_specialisation(report):
     table = np.maximum(profile.reshape(len(names), -1).T, 1 / 16)
     heat(lower.subplots(), table, found["categories"], names, "{:.0f}", "PuOr_r", LogNorm(1 / 16, 16), "enrichment",
          title="what each cross-attention head looks for", xlabel="layer.head")
-    untrained = report.page["attention"]["specialisation_untrained"]["selectivity"]
+    untrained = attention["specialisation_untrained"]["selectivity"]
     return figure, dict(n=heads[0]["drop"]["n"], own=np.mean(found["selectivity"]), untrained=np.mean(untrained))
 
 
@@ -950,7 +952,7 @@ def draw_column(axes, x, parts):
         border = ACCENT if name.startswith("cross") else QUIET
         axes.add_patch(plt.Rectangle((x, y), 41, height, fc=colour, ec=border, lw=0.8))
         axes.text(x + 20.5, y + 0.55 * height, name, ha="center", va="bottom", weight="bold")
-        axes.text(x + 20.5, y + 0.5 * height, details, ha="center", va="top", fontsize=FONT - 1, color=QUIET)
+        axes.text(x + 20.5, y + 0.5 * height, details, ha="center", va="top", **SMALL)
     return bottoms, height
 
 
@@ -989,10 +991,10 @@ def figure_architecture(report):
     top, bottom = bottoms[2] + low + 3, bottoms[4] - 1
     axes.add_patch(plt.Rectangle((55, bottom), 46.5, top - bottom, fc="none", ec=QUIET, lw=0.8, ls="--"))
     axes.text(55.6, top - 2.4, f"× {cfg.text_layers}", weight="bold")
-    axes.text(100.8, top - 2.4, count(*model.decoder.blocks), ha="right", fontsize=FONT - 1, color=QUIET)
+    axes.text(100.8, top - 2.4, count(*model.decoder.blocks), ha="right", **SMALL)
     # The way of the patches from the projection into the cross-attention of each block.
     start, end = keys[-1] + tall / 2, bottoms[3] + low / 2
-    axes.text(43, start + 0.5, "keys, values:\nonce a picture", fontsize=FONT - 1, color=QUIET)
+    axes.text(43, start + 0.5, "keys, values:\nonce a picture", **SMALL)
     axes.plot((42, 53.5, 53.5), (start, start, end), color=INK, lw=0.9)
     axes.annotate("", (58, end), (53.5, end), arrowprops=dict(arrowstyle="-|>", color=INK, shrinkA=0, shrinkB=0))
     return figure, dict(parameters=count(model))
@@ -1116,15 +1118,16 @@ def table_html(header, rows):
 def figure_html(path, caption, dpi):
     """The picture file in the page itself, at its printed size, with its caption."""
     with Image.open(path) as image:
-        inches = image.width / (SCREEN_DPI if path.suffix == ".gif" else dpi)
         if path.suffix == ".gif":
             # An animation stays as it is: its frames would be lost.
+            dpi = SCREEN_DPI
             source = "data:image/gif;base64," + base64_text(path.read_bytes())
         else:
             # The dots of print are more than a screen shows.
             small = image.convert("RGB")
             small.thumbnail((1700, 10000))
             source = web_picture(small)
+    inches = image.width / dpi
     return f'<figure><div class="wide"><img src="{source}" alt="Figure: {path.stem}" ' \
            f'style="--w: {128 * inches:.0f}px"></div><figcaption><b>{path.stem.capitalize()}.</b> ' \
            f"{html.escape(caption)}</figcaption></figure>"
@@ -1154,9 +1157,9 @@ def limits(page):
     if page["twins"]:
         stays = text_of(page["twins"]["stubbornness"], "%")
         found.append(f"When one edit flips the truth, {stays} of the answers stay.")
-    found.append("Attention shows where the decoder read, not what decided: the encoder has already mixed information "
-                 "between patches. Deletion and insertion come nearest to a proof.")
-    found.append("One checkpoint of one seed: the intervals do not cover variation between training runs.")
+    found += ["Attention shows where the decoder read, not what decided: the encoder has already mixed information "
+              "between patches. Deletion and insertion come nearest to a proof.",
+              "One checkpoint of one seed: the intervals do not cover variation between training runs."]
     return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in found) + "</ul>"
 
 
@@ -1183,10 +1186,7 @@ def data_sets(meta):
 def failure_types(report):
     counts = report.page["failures"]["counts"]
     kinds = ("vision", "language", "reasoning")
-    rows = []
-    for family in evaluate.FAMILIES:
-        mine = counts["type_by_family"][family]
-        rows.append((family, *(mine.get(kind, 0) for kind in kinds)))
+    rows = [(family, *(mine.get(kind, 0) for kind in kinds)) for family, mine in counts["type_by_family"].items()]
     text = f"{len(report.failures)} wrong answers, asked again in parts and in other words. Vision error: a part is " \
            "answered wrongly too. Language error: the parts and most paraphrases are answered right. Reasoning " \
            "error: the parts are answered right, and the whole is not. Of the wrong answers, " \
@@ -1341,13 +1341,6 @@ def make_page(cfg):
 
 # ---- the script ----
 
-def write(drawn, kind, path, dpi):
-    """Write what the figure function of this kind drew: a figure, or a list of figures as an animation."""
-    if isinstance(drawn, list):
-        return save_animation(drawn, path)
-    return save(drawn, path, dpi, vector=kind in PLOTS)
-
-
 def answer_picture(cfg):
     """Answer cfg.command about cfg.image with all figures of a scene; with cfg.command2, answer and compare both."""
     subject = evaluate.Subject(cfg)
@@ -1373,7 +1366,7 @@ def answer_picture(cfg):
     else:
         files = []
         for kind, draw in SCENE.items():
-            files += write(draw(shots[0]), kind, f"{path}-{kind}", cfg.dpi)
+            files += save(draw(shots[0]), f"{path}-{kind}", cfg.dpi, kind in PLOTS)
     for file in files:
         print(f"figure: {file}")
 
@@ -1391,7 +1384,7 @@ def make_report(cfg):
             print(f"no figure '{name}': there is nothing to show", flush=True)
             continue
         figure, fields = made
-        files = write(figure, name, out / name, cfg.dpi)
+        files = save(figure, out / name, cfg.dpi, name in PLOTS)
         drawn[name] = files[0], CAPTIONS[name].format(seed=report.seed, split=report.page["split"], **fields)
         print("figure:", *files, flush=True)
     path = Path(cfg.out_dir) / "report.html"
