@@ -1609,7 +1609,8 @@ def twins_of_one(job):
 
 def read_items(folder, name):
     """The finished commands of a set, as dicts."""
-    return list(Frames(Path(folder) / f"commands_{name}.jsonl"))
+    with open(Path(folder) / f"commands_{name}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def stored_images(cfg, meta):
