@@ -297,6 +297,13 @@ def sum_gradients(parameters):
             gradient.copy_(part.view_as(gradient))
 
 
+def average_statistics(model):
+    """Give the norms of all processes the mean of their statistics, which each gathers alone."""
+    for name, buffer in model.named_buffers():
+        if "running_" in name:
+            summed(buffer).div_(processes()[1])
+
+
 # ---- losses ----
 
 def verdicts(targets):
@@ -435,9 +442,7 @@ def predict(model, data, cfg, dtype, limit=0):
     """
     model.eval()
     rank, ranks = processes()
-    for buffer in model.buffers():
-        if buffer.is_floating_point():                      # statistics of norms, which each process gathers alone
-            summed(buffer).div_(ranks)
+    average_statistics(model)
     rows = np.flatnonzero(data.index[:, 3] >= 0)
     if not len(rows):
         return rows, np.zeros(0)
