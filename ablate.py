@@ -748,11 +748,11 @@ class Trial:
                 continue
             frame = self.asked.frame(i)
             labels = list(frame["labels"])
-            edges = labels.pop(evidence[0].label)["box2d"]
+            label = labels.pop(evidence[0].label)
             # Something else may still make the answer YES, certainly or perhaps.
             if question.truth(View(dict(frame, labels=labels), self.cfg)) != FALSE:
                 continue
-            box = [round(edges[k]) for k in ("x1", "y1", "x2", "y2")]
+            box = [round(edge) for edge in commands.corners(label)]
             other = elsewhere(box, self.cfg.image_size, rng)
             if other is None:
                 continue

@@ -52,12 +52,19 @@ PLACE_WORDS = {
 }
 SIDE = {"left": "left", "ahead": "way ahead", "right": "right"}
 
+EDGES = ("x1", "y1", "x2", "y2")
+
 # ---- the view: what is seen, where, how near ----
 
 # certain: TRUE or UNSURE; place: left, ahead, right, or None near a border; places: all places where it may be;
 # fills: places that it blocks by its width alone, if it is a near road user; near: a truth; closeness: above 1 is near,
 # and larger is nearer; colour: of a traffic light; share: of its box, that no nearer box covers; label: index in frame
 Thing = namedtuple("Thing", "category certain place places fills near closeness colour share label")
+
+
+def corners(label):
+    """The edges [x1, y1, x2, y2] of a label's box, in pixels."""
+    return [label["box2d"][edge] for edge in EDGES]
 
 
 def visible_shares(boxes, categories, size):
@@ -141,7 +148,7 @@ class View:
     def __init__(self, frame, cfg):
         size = cfg.image_size
         kept = [(i, label) for i, label in enumerate(frame["labels"]) if label["category"] in CATEGORIES]
-        boxes = [[label["box2d"][k] for k in ("x1", "y1", "x2", "y2")] for _, label in kept]
+        boxes = [corners(label) for _, label in kept]
         shares = visible_shares(boxes, [label["category"] for _, label in kept], size)
         self.objects = []
         for (index, label), (x1, y1, x2, y2), share in zip(kept, boxes, shares):

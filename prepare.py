@@ -41,7 +41,7 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageOps,
 
 import commands
 import config
-from commands import QUESTIONS, UNSURE, View
+from commands import EDGES, QUESTIONS, UNSURE, View, corners
 from config import UserError
 from tokenizer import Tokenizer
 
@@ -57,7 +57,6 @@ SCENES = ("city street", "highway", "residential")
 DRAWN_VALUES = dict(weather=WEATHERS, timeofday=TIMES, scene=SCENES)
 BDD_VALUES = dict(weather=(*WEATHERS, "partly cloudy", "undefined"), timeofday=(*TIMES, "undefined"),
                   scene=(*SCENES, "parking lot", "tunnel", "gas stations", "undefined"))
-EDGES = ("x1", "y1", "x2", "y2")
 
 # ---- scenes: sampling ----
 
@@ -160,6 +159,7 @@ def sample_scene(name, cfg):
         tint=[rng.uniform(0.75, 1.1), rng.uniform(0.88, 1.1), rng.uniform(0.82, 1.15)],
         shade=rng.uniform(0.0, 0.7),                             # how uneven the light is
         objects=[])
+    spec["focal_y"] = SQUEEZE * spec["focal"]                    # in picture heights
     colour = rng.choice(commands.COLOURS)
     for kind, about in KINDS.items():
         # Up to two of a kind: two tries, the second with less chance.
@@ -208,12 +208,11 @@ def reaches(spec, about, scale, where, cfg):
 
     scale: its size as a share of the usual one; where: see strips.
     """
-    focal = spec["focal"]
-    height = SQUEEZE * focal * about.height * scale              # at a distance of 1 metre, as the next two
-    width = focal * (about.length if about.length and where in ACROSS else about.width) * scale
+    height = spec["focal_y"] * about.height * scale              # at a distance of 1 metre, as the next two
+    width = spec["focal"] * (about.length if about.length and where in ACROSS else about.width) * scale
     if len(about.categories) == 2:
         width *= 0.64                                            # of the rider, who hides a part of the vehicle
-    camera = SQUEEZE * focal * spec["height"]
+    camera = spec["focal_y"] * spec["height"]
     pixels = cfg.min_pixels * max(commands.DETAIL.get(category, 1) for category in about.categories)
     z_seen = cfg.image_size * min(width, height) / pixels
     z_near, z_far = height / cfg.near_height, height / cfg.far_height
@@ -309,7 +308,7 @@ def project(spec, x, y, z):
 
     The picture is a wide frame squeezed into a square, as BDD100K's are when they are stored.
     """
-    return spec["centre"] + spec["focal"] * x / z, spec["horizon"] + SQUEEZE * spec["focal"] * (spec["height"] - y) / z
+    return spec["centre"] + spec["focal"] * x / z, spec["horizon"] + spec["focal_y"] * (spec["height"] - y) / z
 
 
 def face_box(spec, o, z):
@@ -698,7 +697,7 @@ def draw_background(b, spec, rng):
     if spec["weather"] != "clear":
         rows = [(1 - horizon) * (k / 24) ** 2 for k in range(25)]
         for upper, lower in zip(rows, rows[1:]):
-            b.fade(horizon + upper, horizon + lower, SQUEEZE * spec["focal"] * spec["height"] / lower)
+            b.fade(horizon + upper, horizon + lower, spec["focal_y"] * spec["height"] / lower)
     kerb = {-1: spec["left"], 1: spec["right"]}
     for side in kerb:
         # Plots along each side of the road, each with a house, a tree or nothing.
@@ -784,7 +783,7 @@ def draw_building(b, spec, rng, x, side, z1, z2):
     glass = LIT_WINDOW if spec["timeofday"] != "daytime" else WINDOW
     for low in range(1, int(tall) - 1, 3):
         # What is higher is above the picture.
-        if low > spec["height"] + spec["horizon"] * z2 / (SQUEEZE * spec["focal"]):
+        if low > spec["height"] + spec["horizon"] * z2 / spec["focal_y"]:
             break
         sill = low + 0.4
         lintel = low + 1.8
@@ -802,8 +801,8 @@ def draw_building(b, spec, rng, x, side, z1, z2):
 def draw_tree(b, spec, rng, x, z):
     b.far(z)
     u, v = project(spec, x, 0, z)
-    metre = spec["focal"] / z                                    # in shares of the picture
-    up = SQUEEZE * metre
+    metre = spec["focal"] / z                                    # in shares of the picture, as the next
+    up = spec["focal_y"] / z
     crown = SNOW if spec["weather"] == "snowy" else rng.choice(CROWNS)
     b.rect(u - 0.15 * metre, v - 3 * up, u + 0.15 * metre, v, (92, 70, 50))
     for _ in range(3):
@@ -1121,7 +1120,7 @@ def fit_record(record, width, height, size):
     labels = []
     problems = []
     for label in record["labels"]:
-        edges = [label["box2d"][k] for k in EDGES]
+        edges = corners(label)
         # Boxes of BDD100K reach to the border of the picture, some beyond.
         x1, y1, x2, y2 = cut = clipped(edges, width, height)
         # Written so that "not a number" fails too.

@@ -45,7 +45,7 @@ import config
 import evaluate
 import prepare
 import train
-from commands import View
+from commands import View, corners
 from config import UserError
 from evaluate import cover, enrichment, entropy, mass_in_box, pointing, text_of
 from tokenizer import NO, SPECIAL, UNK, YES, split_words
@@ -239,14 +239,9 @@ def peak(panel):
     return panel.map.size * np.abs(panel.map).max()
 
 
-def corners(label):
-    """The edges [x1, y1, x2, y2] of a label's box, in pixels."""
-    return [label["box2d"][edge] for edge in prepare.EDGES]
-
-
 def label_at(*edges):
     """A label whose box has these edges (x1, y1, x2, y2), in pixels."""
-    return dict(box2d=dict(zip(prepare.EDGES, edges)))
+    return dict(box2d=dict(zip(commands.EDGES, edges)))
 
 
 def rounded(values, digits=0):
