@@ -142,7 +142,7 @@ class Prefix(Decoder):
 
     def __init__(self, cfg, old):
         super().__init__(cfg, old.embedding.num_embeddings)
-        patches = (cfg.image_size // cfg.patch_size) ** 2
+        patches = cfg.image_width * cfg.image_height // cfg.patch_size ** 2
         self.cos, self.sin = rope_tables(patches + cfg.max_text, cfg.text_head_dim, cfg.rope_theta)
         for block in self.blocks:
             del block.norm2, block.cross
@@ -632,7 +632,7 @@ def scattered(picture, changed, rng):
 
 
 def attack(subject, pictures, prompts, truth, size, steps):
-    """Pictures (n, S, S, 3) uint8 changed by at most `size` of 255, to make the right answer less likely.
+    """Pictures (n, h, w, 3) uint8 changed by at most `size` of 255, to make the right answer less likely.
 
     steps=1: FGSM, one step of that size along the gradient's sign; more: PGD, smaller steps, cut back to the size.
     """
@@ -656,12 +656,12 @@ def attack(subject, pictures, prompts, truth, size, steps):
 
 # ---- robustness: the studies ----
 
-def elsewhere(box, size, rng):
-    """A box as large as box (x1, y1, x2, y2) that does not touch it; None if none is found."""
+def elsewhere(box, width, height, rng):
+    """A box as large as box (x1, y1, x2, y2) in a picture of that size that does not touch it; None if none is found."""
     x1, y1, x2, y2 = box
     w, h = x2 - x1, y2 - y1
     for _ in range(40):
-        u, v = rng.integers(0, (size - w + 1, size - h + 1))
+        u, v = rng.integers(0, (width - w + 1, height - h + 1))
         if u >= x2 or u + w <= x1 or v >= y2 or v + h <= y1:
             return u, v, u + w, v + h
     return None
@@ -753,7 +753,7 @@ class Trial:
             if question.truth(View(dict(frame, labels=labels), self.cfg)) != FALSE:
                 continue
             box = [round(edge) for edge in commands.corners(label)]
-            other = elsewhere(box, self.cfg.image_size, rng)
+            other = elsewhere(box, self.cfg.image_width, self.cfg.image_height, rng)
             if other is None:
                 continue
             of.append(n)
@@ -779,7 +779,7 @@ class Trial:
         """The same objects in another street, weather or hour (drawn scenes only)."""
         if self.cfg.source != "drawn":
             return
-        size = self.cfg.image_size
+        size = prepare.size_of(self.cfg)
         specs = [self.asked.spec(i) for i in self.chosen]
         street = [draw_scene(dict(spec, seed=spec["seed"] + 1), size) for spec in specs]
         self.add("scene", "in another street", street)

@@ -67,19 +67,20 @@ def corners(label):
     return [label["box2d"][edge] for edge in EDGES]
 
 
-def visible_shares(boxes, categories, size):
+def visible_shares(boxes, categories, width, height):
     """Share of each box that no nearer box covers, found by painting the boxes from far to near on a coarse grid.
 
-    boxes: (x1, y1, x2, y2) of each object, in pixels of a `size` x `size` picture; categories: of each object.
+    boxes: (x1, y1, x2, y2) of each object, in pixels of a picture of that size; categories: of each object.
     An object that stands lower in the picture is nearer. Lights and signs hang, so their lower edge does not tell:
     they count as farthest. Returns a list of numbers in [0, 1].
     """
     grid = 64
+    sides = width, height, width, height
     owner = np.zeros((grid, grid), np.uint16)
     cells = []
     for box in boxes:
         # Plain numbers: numpy is slower on four of them, and making twins calls this often.
-        x1, y1, x2, y2 = (min(max(round(float(v) * grid / size), 0), grid) for v in box)
+        x1, y1, x2, y2 = (min(max(round(float(v) * grid / side), 0), grid) for v, side in zip(box, sides))
         x1, y1 = min(x1, grid - 1), min(y1, grid - 1)
         cells.append((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
     lower_edge = [-1 if category in HANGING else box[3] for box, category in zip(boxes, categories)]
@@ -100,9 +101,10 @@ def above(measure, low, high):
     return int(measure >= low) + int(measure > high)
 
 
-def nearness(category, y1, y2, size, cfg):
+def nearness(category, y1, y2, cfg):
     """(near, closeness) of an object whose box reaches from y1 down to y2, see Thing."""
-    edge, height = y2 / size, (y2 - y1) / size
+    edge = y2 / cfg.image_height
+    height = (y2 - y1) / cfg.image_height
     if category in HANGING:
         return above(height, cfg.far_height, cfg.near_height), height / cfg.near_height
     near = above(edge, cfg.far_line, cfg.near_line)
@@ -139,36 +141,36 @@ def at_distance(thing, near):
 class View:
     """The objects of a frame as the rules see them.
 
-    frame: BDD100K record with boxes in pixels of the stored cfg.image_size picture; cfg: settings.
+    frame: BDD100K record with boxes in pixels of the stored picture; cfg: settings.
     .objects: list of Thing, nearest first.
     .light: the one colour of the traffic lights, "none" without any light, None if they disagree or are unreadable.
     .there: {name: truth of "there is such an object"} of CATEGORIES and LIGHTS.
     """
 
     def __init__(self, frame, cfg):
-        size = cfg.image_size
+        side = cfg.image_width
         kept = [(i, label) for i, label in enumerate(frame["labels"]) if label["category"] in CATEGORIES]
         boxes = [corners(label) for _, label in kept]
-        shares = visible_shares(boxes, [label["category"] for _, label in kept], size)
+        shares = visible_shares(boxes, [label["category"] for _, label in kept], side, cfg.image_height)
         self.objects = []
         for (index, label), (x1, y1, x2, y2), share in zip(kept, boxes, shares):
             category = label["category"]
             width, height = x2 - x1, y2 - y1
             least = cfg.min_pixels * DETAIL.get(category, 1)
             # Half of an object tells less: what a side of the picture cuts must be twice as large.
-            if x1 < 1 or x2 > size - 1:
+            if x1 < 1 or x2 > side - 1:
                 least *= 2
             big = min(width, height) >= least and width * height * share >= least ** 2
             certain = TRUE if big and share >= cfg.min_visible else UNSURE
-            centre = (x1 + x2) / 2 / size
+            centre = (x1 + x2) / 2 / side
             # Close to a border between thirds, the centre may be in either.
             central = PLACES[third_of(centre - cfg.place_margin):third_of(centre + cfg.place_margin) + 1]
             place = central[0] if len(central) == 1 else None
             # Share of each third's width that the box covers, below 0 where it does not reach.
-            covers = {p: 3 * (min(x2 / size, (k + 1) / 3) - max(x1 / size, k / 3)) for k, p in enumerate(PLACES)}
+            covers = {p: 3 * (min(x2 / side, (k + 1) / 3) - max(x1 / side, k / 3)) for k, p in enumerate(PLACES)}
             places = [p for p in PLACES if p in central or covers[p] > cfg.maybe_share]
             fills = [p for p in PLACES if covers[p] > cfg.block_share]
-            near, closeness = nearness(category, y1, y2, size, cfg)
+            near, closeness = nearness(category, y1, y2, cfg)
             colour = label.get("attributes", {}).get("trafficLightColor", "none")
             self.objects.append(Thing(category, certain, place, places, fills, near, closeness, colour, share, index))
         self.objects.sort(key=lambda thing: -thing.closeness)
@@ -677,13 +679,13 @@ def where_items(picture, view, rng):
 # ---- demonstration ----
 
 
-def random_frame(rng, size):
+def random_frame(rng, cfg):
     """A frame with up to six boxes thrown at random: enough to show the rules, without a picture."""
     labels = []
     for _ in range(rng.randint(0, 6)):
-        x = rng.uniform(0, 0.8) * size
-        y = rng.uniform(0.3, 0.8) * size
-        edges = dict(x1=x, y1=y, x2=x + 0.2 * size, y2=y + 0.2 * size)
+        x = rng.uniform(0, 0.8) * cfg.image_width
+        y = rng.uniform(0.3, 0.8) * cfg.image_height
+        edges = dict(x1=x, y1=y, x2=x + 0.2 * cfg.image_width, y2=y + 0.2 * cfg.image_height)
         colour = dict(trafficLightColor=rng.choice(COLOURS))
         labels.append(dict(category=rng.choice(CATEGORIES), attributes=colour, box2d=edges))
     return dict(labels=labels)
@@ -693,7 +695,7 @@ def main(cfg):
     rng = random.Random(cfg.seed)
     shown = set()
     for _ in range(5000):
-        view = View(random_frame(rng, cfg.image_size), cfg)
+        view = View(random_frame(rng, cfg), cfg)
         question = rng.choice(QUESTIONS)
         kind = (question.template, question.truth(view))
         if kind[1] != UNSURE and kind not in shown:

@@ -32,7 +32,8 @@ max_bad_share = 0.2           # prepare.py stops when a larger share of the fram
 # ---- data: where pictures come from; prepare.py must run again after a change ----
 source = "drawn"              # drawn (scenes drawn by prepare.py) or bdd100k (a folder of yours)
 bdd_dir = ""                  # root of BDD100K: holds images/100k/{train,val} and labels/
-image_size = 128              # side of the stored square picture, in pixels
+image_width = 160             # of the stored pictures, in pixels; a multiple of patch_size, as is ...
+image_height = 96             # ... their height; wide as a dashcam's frames are
 num_scenes = 20_000           # drawn scenes that pass the filters below, split 80/10/10 by the hash of their names
 num_ood_scenes = 500          # drawn scenes of other weathers and times, for the out-of-distribution test
 scene_seed = 7                # seed of the drawn scenes
@@ -59,7 +60,7 @@ max_describe = 4              # a description lists at most this many objects, n
 min_cell = 4                  # a question needs so many YES and so many NO in a split, or is dropped from it
 
 # ---- model: sizes; the defaults are for a CPU ----
-patch_size = 16               # side of a patch in pixels; there are (image_size / patch_size) squared patches
+patch_size = 16               # side of a patch in pixels; a picture has width * height / patch_size squared
 stem = "conv"                 # conv (stride-2 3x3 convolutions, learns faster) or patch (kernel = stride = patch)
 stem_width = 32               # channels of the conv stem's first convolution, doubled at each stride
 vision_dim = 128              # width of the vision encoder
@@ -152,13 +153,13 @@ page = False                  # visualize.py: write the interactive page instead
 PRESETS = {
     "default": {},
     # One GPU: PaliGemma-like proportions at ImageNet resolution, under 50M parameters.
-    "base": dict(image_size=224, patch_size=16, stem_width=64, min_pixels=12.0, vision_dim=384,
+    "base": dict(image_width=288, image_height=176, patch_size=16, stem_width=64, min_pixels=12.0, vision_dim=384,
                  vision_layers=8, vision_heads=6, vision_ffn_dim=1536, text_dim=384, text_layers=6, text_head_dim=64,
                  text_ffn_dim=1024, batch_size=64, lr=1e-3, lr_projection=5e-4, lr_vision=5e-4, see_pictures=160_000,
                  read_pictures=224_000, warmup_pictures=6_400, eval_every=32_000, out_dir="out/base",
                  data_dir="data_base"),
     # python ablate.py: a run takes a minute or two on one core, so that many fit; scenes hold at most four objects.
-    "ablation": dict(image_size=48, patch_size=8, stem_width=16, min_pixels=6.0, max_complexity=4, num_scenes=24000,
+    "ablation": dict(image_width=80, image_height=48, patch_size=8, stem_width=16, min_pixels=6.0, max_complexity=4, num_scenes=24000,
                      num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2, vision_ffn_dim=128,
                      text_dim=64, text_layers=2, text_heads=4, text_ffn_dim=128, row_tokens=64,
                      descriptions_per_image=1, see_pictures=14_400, read_pictures=11_200, warmup_pictures=800, lr=8e-3,
@@ -177,7 +178,7 @@ LEAST = sys.float_info.min    # the least number above 0
 # stands in no row, such as one that you add, may be any value of its default's type.
 KINDS = (
     ("a whole number above 0", int, 1, MOST, """
-        image_size num_scenes commands_stored max_describe min_cell patch_size stem_width vision_dim vision_layers
+        image_width image_height num_scenes commands_stored max_describe min_cell patch_size stem_width vision_dim vision_layers
         vision_heads vision_ffn_dim text_dim text_layers text_heads text_kv_heads text_head_dim text_ffn_dim max_text
         batch_size grad_accum row_tokens read_pictures prefetch eval_every save_top log_every eval_batch
         bootstrap sample_items probe_items head_items dpi beam max_new_tokens seeds"""),
@@ -292,9 +293,11 @@ def check(cfg):
     need(2 * cfg.maybe_share <= cfg.block_share,
          f"block_share={cfg.block_share} is below twice maybe_share={cfg.maybe_share}: two road users could fill a way "
          "from both sides, and neither would count")
-    need(cfg.image_size % cfg.patch_size == 0,
-         f"image_size={cfg.image_size} is not a multiple of patch_size={cfg.patch_size}; try image_size="
-         f"{max(cfg.image_size // cfg.patch_size, 1) * cfg.patch_size}")
+    for name in ("image_width", "image_height"):
+        side = getattr(cfg, name)
+        need(side % cfg.patch_size == 0,
+             f"{name}={side} is not a multiple of patch_size={cfg.patch_size}; try {name}="
+             f"{max(side // cfg.patch_size, 1) * cfg.patch_size}")
     need(cfg.stem != "conv" or cfg.patch_size in (4, 8, 16, 32),
          f"stem=conv halves the picture step by step, so patch_size must be 4, 8, 16 or 32, got {cfg.patch_size}")
     need(cfg.vision_dim % cfg.vision_heads == 0,

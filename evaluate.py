@@ -273,25 +273,24 @@ def calibration(odds, truth):
 class Subject:
     """A trained model with all that asking it needs.
 
-    .model .cfg .tokenizer .state (of the checkpoint) .device .dtype .why (this dtype) .side: patches along a side;
-    .blank: a picture (S, S, 3) of the mean colour. A job is (picture, [prompts]): a picture as uint8 (S, S, 3), and
+    .model .cfg .tokenizer .state (of the checkpoint) .device .dtype .why (this dtype) .grid: (rows, columns) of patches;
+    .blank: a picture (h, w, 3) of the mean colour. A job is (picture, [prompts]): a picture as uint8 (h, w, 3), and
     the commands about it as lists of ids. Jobs may come from a generator: they are taken a batch at a time.
     """
 
     def __init__(self, cfg, make_model=VLM):
         self.model, self.cfg, self.tokenizer, self.state, self.device = train.load_model(cfg, make_model)
         self.dtype, self.why = pick_dtype(self.cfg, self.device)
-        size = self.cfg.image_size
-        self.side = size // self.cfg.patch_size
-        self.blank = np.full((size, size, 3), np.round(255 * np.array(self.state["mean"])), np.uint8)
+        self.grid = tuple(self.model.vision.grid)
+        self.blank = np.full((*self.model.vision.size, 3), np.round(255 * np.array(self.state["mean"])), np.uint8)
 
     def images(self, pictures):
-        """uint8 pictures (B, S, S, 3) as the model wants them: normalised (B, 3, S, S)."""
+        """uint8 pictures (B, h, w, 3) as the model wants them: normalised (B, 3, h, w)."""
         normalised = train.normalise(pictures, self.state["mean"], self.state["std"])
         return torch.from_numpy(normalised).to(self.device)
 
     def batches(self, jobs, size):
-        """Jobs in batches: yields (normalised pictures (B, 3, S, S), B lists of prompts)."""
+        """Jobs in batches: yields (normalised pictures (B, 3, h, w), B lists of prompts)."""
         jobs = iter(jobs)
         while batch := list(itertools.islice(jobs, size)):
             pictures, prompts = zip(*batch)
@@ -395,17 +394,17 @@ class Questions:
         return self.views[self.picture[i]]
 
     def pixels(self, i):
-        """The picture (S, S, 3) of question i."""
+        """The picture (h, w, 3) of question i."""
         return self.data.images[self.picture[i]]
 
     def frame(self, i):
         """The record of question i's picture."""
         return self.frames[self.picture[i]]
 
-    def cover(self, i, things, side):
-        """As the function `cover`, of question i's picture and the boxes of things (Thing): (side * side,)."""
+    def cover(self, i, things, grid):
+        """As the function `cover`, of question i's picture and the boxes of things (Thing): (P,)."""
         labels = self.frame(i)["labels"]
-        return cover([labels[thing.label] for thing in things], self.cfg.image_size, side)
+        return cover([labels[thing.label] for thing in things], prepare.size_of(self.cfg), grid)
 
     def spec(self, i):
         """The specification of the drawn scene that question i is about."""
@@ -642,9 +641,9 @@ def held_out(subject, asked, odds, val, val_odds, meta):
 # ---- twins ----
 
 def draw_twin(job):
-    """The picture (S, S, 3) of an edited scene; job: its specification, the edit, settings."""
+    """The picture (h, w, 3) of an edited scene; job: its specification, the edit, settings."""
     spec, edit, cfg = job
-    return prepare.draw_scene(prepare.apply_edit(spec, edit), cfg.image_size)
+    return prepare.draw_scene(prepare.apply_edit(spec, edit), prepare.size_of(cfg))
 
 
 def twin_changes(subject, asked, odds, kind):
@@ -719,16 +718,21 @@ def reasons(subject, asked, count):
 
 # ---- grounding: does attention point at what is asked? ----
 
-def cover(labels, size, side):
-    """Share of each of side x side patches that the labels' boxes cover together: (side * side,)."""
+def cover(labels, size, grid):
+    """Share of each patch that the labels' boxes cover together: (P,).
+
+    size: (width, height) of the picture; grid: (rows, columns) of its patches.
+    """
     # Painted pixel by pixel, so that boxes that overlap count once.
-    pixels = np.zeros((size, size))
+    width, height = size
+    rows, columns = grid
+    pixels = np.zeros((height, width))
     for label in labels:
         edges = label["box2d"]
         top = max(math.floor(edges["y1"]), 0)
         left = max(math.floor(edges["x1"]), 0)
         pixels[top:math.ceil(edges["y2"]), left:math.ceil(edges["x2"])] = 1
-    return pixels.reshape(side, size // side, side, size // side).mean((1, 3)).ravel()
+    return pixels.reshape(rows, height // rows, columns, width // columns).mean((1, 3)).ravel()
 
 
 def pointing(maps, covers):
@@ -798,15 +802,15 @@ def looks(subject, asked, chosen, model=None):
             things = asked.view(i).certain(category)
             places = [t for t, word in enumerate(words) if word in NAMED[category]]
             if things and places:
-                at_words.append((i, category, maps[:, :, places[0]].copy(), asked.cover(i, things, subject.side)))
+                at_words.append((i, category, maps[:, :, places[0]].copy(), asked.cover(i, things, subject.grid)))
         things = question.evidence(asked.view(i)) if asked.truth[i] and question.objects else []
         if things:
-            at_answers.append((i, question.objects[0], at_end, asked.cover(i, things, subject.side)))
+            at_answers.append((i, question.objects[0], at_end, asked.cover(i, things, subject.grid)))
     return np.array(answers), look_of(at_answers), look_of(at_words)
 
 
-def baseline_maps(look, picture, untrained):
-    """{name: maps (m, P)} of looks that know less than the model's own. picture (n,): of each question.
+def baseline_maps(look, picture, untrained, grid):
+    """{name: maps (m, P)} of looks that know less than the model's own. picture (n,): of each question; grid: (rows, columns).
 
     Another command's map is that of a word for another kind in the same picture; another picture's map is that of a
     word for the same kind. Where there is none, the map is uniform.
@@ -822,9 +826,8 @@ def baseline_maps(look, picture, untrained):
             return np.ones(patches)
         return own[fit[np.searchsorted(fit, i) % len(fit)]]
     # People and cameras put what matters in the middle: a bump there is a strong baseline.
-    side = math.isqrt(patches)
-    y, x = np.mgrid[:side, :side] - (side - 1) / 2
-    centre = np.exp(-(x ** 2 + y ** 2) / (side / 2) ** 2).ravel()
+    y, x = [(2 * np.arange(count) + 1) / count - 1 for count in grid]
+    centre = np.exp(-(x ** 2 + y[:, None] ** 2)).ravel()
     return {
         "chance (any patch)": np.ones((n, patches)),
         "centre of the picture": np.tile(centre, (n, 1)),
@@ -833,7 +836,7 @@ def baseline_maps(look, picture, untrained):
         "untrained weights": untrained.mean}
 
 
-def grounding(asked, look, untrained, chosen_on):
+def grounding(asked, look, untrained, chosen_on, grid):
     """Pointing, mass, enrichment and IoU of the maps averaged over layers and heads, and those of all baselines.
 
     untrained: the same Look with untrained weights; chosen_on: the Look of other questions (val) on which the threshold
@@ -845,7 +848,7 @@ def grounding(asked, look, untrained, chosen_on):
     threshold = 0.5
     if len(chosen_on.question):
         threshold = best_threshold(chosen_on.mean, chosen_on.cover)
-    rivals = baseline_maps(look, asked.picture, untrained)
+    rivals = baseline_maps(look, asked.picture, untrained, grid)
     own = look.mean
     at, covers = look.question, look.cover
     found = {}
@@ -876,8 +879,7 @@ def deletion_insertion(subject, asked, answer, odds, count):
     # `answer` holds questions whose truth is YES, so that a YES is right.
     usable = np.flatnonzero(odds[answer.question] > 0)
     usable = np.sort(np.random.default_rng(2).permutation(usable)[:count])
-    side = subject.side
-    patches = side * side
+    patches = math.prod(subject.grid)
     # In powers of two, since most happens among the first patches: 0, 1, 2, 4 ... all.
     steps = [0, *(2 ** k for k in range((patches - 1).bit_length())), patches]
     patch = np.ones((subject.cfg.patch_size, subject.cfg.patch_size), bool)
@@ -892,7 +894,7 @@ def deletion_insertion(subject, asked, answer, odds, count):
             for order, insert, step in itertools.product(orders, (False, True), steps):
                 hidden = np.full(patches, insert)
                 hidden[order[:step]] = not insert
-                hidden = np.kron(hidden.reshape(side, side), patch)
+                hidden = np.kron(hidden.reshape(subject.grid), patch)
                 yield np.where(hidden[..., None], subject.blank, asked.pixels(i)), [asked.prompts[i]]
     found = subject.ask(jobs()).reshape(len(usable), 1 + RANDOM_ORDERS, 2, len(steps))
     p = 100 * probability(found)
@@ -1111,8 +1113,8 @@ def attention(subject, asked, odds, val, chosen):
     by_head = [[asked.mean(head, chosen, 1) for head in layer] for layer in np.moveaxis(spread, 0, -1)]
     found = dict(
         grounding=dict(
-            word=grounding(asked, word, null_word, val_word),
-            answer=grounding(asked, answer, null_answer, val_answer)),
+            word=grounding(asked, word, null_word, val_word, subject.grid),
+            answer=grounding(asked, answer, null_answer, val_answer, subject.grid)),
         entropy=dict(
             maximum=math.log(maps.shape[-1]),
             mean=asked.mean(overall, chosen, 1),
@@ -1378,8 +1380,8 @@ def opened(cfg):
     if not cfg.against:
         return subject, None
     other = Subject(type(cfg)(**dict(vars(cfg), checkpoint=cfg.against)))
-    if other.tokenizer.words != subject.tokenizer.words or other.cfg.image_size != subject.cfg.image_size:
-        raise UserError(f"{cfg.against} has another vocabulary or image_size: the two cannot be compared on the same "
+    if other.tokenizer.words != subject.tokenizer.words or other.blank.shape != subject.blank.shape:
+        raise UserError(f"{cfg.against} has another vocabulary or size of pictures: the two cannot be compared on the same "
                         "data")
     return subject, other
 

@@ -289,37 +289,37 @@ def conv_stem(cfg):
     return nn.Sequential(*layers, nn.Conv2d(into, cfg.vision_dim, 1))
 
 
-def sincos_2d(side, dim):
-    """Fixed positions of a square grid (side*side, dim): sin and cos of the column, then of the row (MoCo v3, MAE)."""
+def sincos_2d(rows, columns, dim):
+    """Fixed positions of a grid (rows * columns, dim): sin and cos of the column, then of the row (MoCo v3, MAE)."""
     frequency = 10000 ** (-torch.arange(dim // 4).float() / (dim // 4))
-    angle = torch.arange(side).float()[:, None] * frequency                       # (side, dim/4)
+    angle = torch.arange(max(rows, columns)).float()[:, None] * frequency         # (side, dim/4)
     wave = torch.cat((angle.sin(), angle.cos()), -1)                              # (side, dim/2)
-    return torch.cat((wave.repeat(side, 1), wave.repeat_interleave(side, 0)), -1)
+    return torch.cat((wave[:columns].repeat(rows, 1), wave[:rows].repeat_interleave(columns, 0)), -1)
 
 
 class VisionEncoder(nn.Module):
-    """Pictures (B, 3, S, S) to patches (B, P, D), row by row from the upper left."""
+    """Pictures (B, 3, h, w) to patches (B, P, D), row by row from the upper left."""
 
     def __init__(self, cfg):
         super().__init__()
         D = cfg.vision_dim
-        side = cfg.image_size // cfg.patch_size
-        self.image_size = cfg.image_size
+        self.size = cfg.image_height, cfg.image_width
+        self.grid = rows, columns = [side // cfg.patch_size for side in self.size]
         self.stem = conv_stem(cfg) if cfg.stem == "conv" else nn.Conv2d(3, D, cfg.patch_size, stride=cfg.patch_size)
         if cfg.vision_positions == "learned":
-            self.positions = nn.Parameter(torch.zeros(side * side, D))
+            self.positions = nn.Parameter(torch.zeros(rows * columns, D))
         else:
-            self.register_buffer("positions", sincos_2d(side, D), persistent=False)
+            self.register_buffer("positions", sincos_2d(rows, columns, D), persistent=False)
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.vision_layers))
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
     def forward(self, images, features=None, collect=None):
         """features: a dict that receives what each stage puts out; collect: a list for the attention weights."""
-        size = self.image_size
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(f"pictures must be (B, 3, {size}, {size}), not {tuple(images.shape)}")
+        if images.shape[1:] != (3, *self.size):
+            height, width = self.size
+            raise ValueError(f"pictures must be (B, 3, {height}, {width}), not {tuple(images.shape)}")
         seen = {} if features is None else features
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))       # (B, D, side, side)
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))       # (B, D, rows, columns)
         x = seen["stem"] = x.flatten(2).transpose(1, 2)                           # (B, P, D)
         # Attention knows no order: without positions an answer could hardly depend on where something is.
         x = x + self.positions
@@ -496,7 +496,7 @@ class VLM(nn.Module):
             nn.init.normal_(self.vision.positions, std=0.5)
 
     def encode(self, images, collect=None):
-        """Normalised pictures (B, 3, S, S) to projected patches (B, P, D)."""
+        """Normalised pictures (B, 3, h, w) to projected patches (B, P, D)."""
         return self.projection(self.vision(images, collect=collect))
 
     def features(self, images):
@@ -506,7 +506,7 @@ class VLM(nn.Module):
         return features
 
     def forward(self, images, tokens, segment=None, targets=None, return_attn=False, loss_fn=F.cross_entropy):
-        """images (B, 3, S, S), tokens and segment (B, L): logits (B, L, V), or with targets the loss.
+        """images (B, 3, h, w), tokens and segment (B, L): logits (B, L, V), or with targets the loss.
 
         segment: see `row_mask`; without it a row is one command. targets (B, L): IGNORE where there is nothing to
         learn; loss_fn(logits (M, V), targets (M,)) sees the rest. return_attn: also return {"vision": (layers, B, H, P,
@@ -541,7 +541,7 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def ask(self, images, prompts, dtype):
-        """`odds` of prompts, lists of ids, a list of them for each of the pictures (B, 3, S, S): numpy float32 (n,)."""
+        """`odds` of prompts, lists of ids, a list of them for each of the pictures (B, 3, h, w): numpy float32 (n,)."""
         device = self.decoder.embedding.weight.device
         tokens, segment = (rows.to(device) for rows in as_rows(prompts))
         with autocast(dtype, device):
@@ -696,8 +696,7 @@ def forward_flops(model, length):
     With length 0 the picture is only encoded.
     """
     device = model.decoder.embedding.weight.device
-    size = model.cfg.image_size
-    image = torch.zeros(1, 3, size, size, device=device)
+    image = torch.zeros(1, 3, *model.vision.size, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         if length:
             segment = 1 + torch.arange(length, device=device)[None] // 8          # commands of eight words
@@ -729,7 +728,7 @@ def main(cfg):
     print(f"device {device}, dtype {str(dtype)[6:]} ({why}), {torch.get_num_threads()} CPU threads, vocabulary {V}"
           + ("" if words.exists() else f" (a stand-in: there is no {words} yet)"))
 
-    P = (cfg.image_size // cfg.patch_size) ** 2
+    P = math.prod(model.vision.grid)
     patches = f"{P} x {cfg.vision_dim}"
     text = f"{cfg.row_tokens} x {cfg.text_dim}"
     parts = [(f"stem ({cfg.stem})", patches, model.vision.stem),
@@ -745,7 +744,7 @@ def main(cfg):
     print("memory       " + ", ".join(f"{name} {mb:.1f} MB" for name, mb in memory.items()) + ", and activations")
     print(f"FLOPs        {forward_flops(model, cfg.row_tokens) / 1e9:.2f} G per picture, forward")
 
-    image = torch.randn(1, 3, cfg.image_size, cfg.image_size, device=device)
+    image = torch.randn(1, 3, *model.vision.size, device=device)
     with torch.no_grad(), autocast(dtype, device):
         for B in (1, cfg.batch_size):
             images = image.expand(B, -1, -1, -1)

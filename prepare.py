@@ -5,7 +5,7 @@
 - A twin is an edited spec drawn again: every pixel that the edit does not touch stays the same.
 - BDD100K: label files of both releases are read in a stream into one form of record. What is broken is counted,
   listed by name, and skipped.
-- Writes to data_dir: images.bin (N, S, S, 3) raw uint8, frames.jsonl (one record a line), and for each split
+- Writes to data_dir: images.bin (N, h, w, 3) raw uint8, frames.jsonl (one record a line), and for each split
   commands_SPLIT.jsonl (readable), tokens_SPLIT.npy and index_SPLIT.npy (what training reads); twins.jsonl, vocab.json,
   meta.json, report.png, and rejected.csv (name, lost, kind, reason: every frame or label that could not be used).
 - A run that fails or is refused leaves the data of an earlier run as they were.
@@ -106,7 +106,7 @@ SCENERY = {
     "residential": Scenery((1,), (1,), 2.3, (104, 136, 76), 0.6, (4, 8)),
 }
 LANE = 3.4             # width of a lane in metres
-SQUEEZE = 16 / 9       # a dashcam's frame is so much wider than high; stored as a square, all is squeezed to narrower
+ASPECT = 16 / 9        # a dashcam's frame is so much wider than high
 
 
 def filters_of(cfg, known):
@@ -159,7 +159,7 @@ def sample_scene(name, cfg):
         tint=[rng.uniform(0.75, 1.1), rng.uniform(0.88, 1.1), rng.uniform(0.82, 1.15)],
         shade=rng.uniform(0.0, 0.7),                             # how uneven the light is
         objects=[])
-    spec["focal_y"] = SQUEEZE * spec["focal"]                    # in picture heights
+    spec["focal_y"] = ASPECT * spec["focal"]                    # in picture heights
     colour = rng.choice(commands.COLOURS)
     for kind, about in KINDS.items():
         # Up to two of a kind: two tries, the second with less chance.
@@ -198,6 +198,11 @@ def strips(spec, where):
     }.get(where, across)
 
 
+def size_of(cfg):
+    """(width, height) of the stored pictures."""
+    return cfg.image_width, cfg.image_height
+
+
 def lane_middles(x1, x2):
     """The middles of the lanes between x1 and x2."""
     return [x1 + LANE * (i + 0.5) for i in range(round((x2 - x1) / LANE))]
@@ -214,7 +219,7 @@ def reaches(spec, about, scale, where, cfg):
         width *= 0.64                                            # of the rider, who hides a part of the vehicle
     camera = spec["focal_y"] * spec["height"]
     pixels = cfg.min_pixels * max(commands.DETAIL.get(category, 1) for category in about.categories)
-    z_seen = cfg.image_size * min(width, height) / pixels
+    z_seen = min(cfg.image_width * width, cfg.image_height * height) / pixels
     z_near, z_far = height / cfg.near_height, height / cfg.far_height
     if about.heights:
         return z_near, z_far, z_seen
@@ -304,10 +309,7 @@ def is_clear(o, own, others):
 
 
 def project(spec, x, y, z):
-    """Picture coordinates in [0, 1] of the point (x, y, z): pinhole camera at spec["height"] looking ahead.
-
-    The picture is a wide frame squeezed into a square, as BDD100K's are when they are stored.
-    """
+    """Picture coordinates in [0, 1] of the point (x, y, z): pinhole camera at spec["height"] looking ahead."""
     return spec["centre"] + spec["focal"] * x / z, spec["horizon"] + spec["focal_y"] * (spec["height"] - y) / z
 
 
@@ -348,18 +350,18 @@ def part_boxes(o, box):
 
 def scene_frame(spec, cfg):
     """The BDD100K-format record of a spec, boxes in pixels of the drawn picture; finish() adds what it lacks."""
-    size = cfg.image_size
+    size = size_of(cfg)
     labels = []
     for o in sorted(spec["objects"], key=lambda o: -o["z"]):
         for category, box in part_boxes(o, object_box(spec, o)):
             inside = clipped(box, height=1 - spec["bonnet"])
             share = area(inside) / area(box)
             # No annotator would draw a box around what has nearly left the picture.
-            if share < 0.15 or min(inside[2] - inside[0], inside[3] - inside[1]) * size < 2:
+            x1, y1, x2, y2 = edges = [round(v * side, 2) for v, side in zip(inside, size + size)]
+            if share < 0.15 or min(x2 - x1, y2 - y1) < 2:
                 continue
             lit = category == "traffic light" and o["colour"] in commands.COLOURS
             attributes = dict(trafficLightColor=o["colour"] if lit else "none", truncated=share < 0.95)
-            edges = [round(v * size, 2) for v in inside]
             labels.append(dict(category=category, box2d=dict(zip(EDGES, edges)), attributes=attributes))
     conditions = {name: spec[name] for name in DRAWN_VALUES}
     return dict(name=spec["name"] + ".png", labels=labels, attributes=conditions)
@@ -376,7 +378,7 @@ class Brush:
     def __init__(self, image, spec):
         self.draw = ImageDraw.Draw(image)
         self.haze_draw = ImageDraw.Draw(image, "RGBA")           # mixes its colours with what is there
-        self.size = image.size[0]
+        self.width, self.height = image.size
         self.spec = spec
         self.haze = HAZE[spec["weather"]]
         self.light, self.air = HOURS[spec["timeofday"]]
@@ -402,7 +404,7 @@ class Brush:
         found = []
         for u, v in points:
             x, top, bottom = [a + u * (b - a) for a, b in zip(self.start, self.end)]
-            found.append((x * self.size, (top + v * (bottom - top)) * self.size))
+            found.append((x * self.width, (top + v * (bottom - top)) * self.height))
         return found
 
     def tint(self, colour, shade):
@@ -415,9 +417,9 @@ class Brush:
         """Cover the rows from v1 to v2 of the picture with the haze of distance z."""
         self.far(z)
         air = (*map(int, self.air), int(255 * self.blend))
-        top, bottom = round(v1 * self.size), round(v2 * self.size)
+        top, bottom = round(v1 * self.height), round(v2 * self.height)
         if top < bottom:
-            self.haze_draw.rectangle((0, top, self.size, bottom - 1), air)
+            self.haze_draw.rectangle((0, top, self.width, bottom - 1), air)
 
     def poly(self, points, colour, shade=1.0):
         self.draw.polygon(self.points(points), self.tint(colour, shade))
@@ -441,14 +443,14 @@ class Brush:
     def line(self, points, colour, width, shade=1.0):
         """A line through all points; width: as a share of the box's height."""
         _, top, bottom = self.start
-        thick = max(1, round(width * (bottom - top) * self.size))
+        thick = max(1, round(width * (bottom - top) * self.height))
         self.draw.line(self.points(points), self.tint(colour, shade), thick)
 
     def panel(self, xs, low, high, zs, colour, shade=1.0):
         """An upright rectangle from low to high between two verticals, each with its x and z."""
         (u1, _), (u2, _) = lower = [project(self.spec, x, low, z) for x, z in zip(xs, zs)]
         # What lies outside the picture or is narrower than a pixel is not drawn.
-        if max(u1, u2) < 0 or min(u1, u2) > 1 or abs(u1 - u2) < 1 / self.size:
+        if max(u1, u2) < 0 or min(u1, u2) > 1 or abs(u1 - u2) < 1 / self.width:
             return
         self.far(sum(zs) / 2)
         upper = [project(self.spec, x, high, z) for x, z in zip(xs, zs)]
@@ -764,7 +766,7 @@ def draw_flank(b, spec, o):
     for z in (o["z"], o["z"] + o["d"]):
         u, bottom = project(spec, x, 0, z)
         ends.append((u, project(spec, x, o["h"], z)[1], bottom))
-    if abs(ends[0][0] - ends[1][0]) * b.size < 2:
+    if abs(ends[0][0] - ends[1][0]) * b.width < 2:
         return
     # A vehicle that is seen from the side looks to the right.
     if o["facing"] == "front":
@@ -830,13 +832,13 @@ def draw_bonnet(b, spec):
 
 
 def draw_scene(spec, size):
-    """The picture of a spec: (size, size, 3) uint8.
+    """The picture of a spec: (height, width, 3) uint8, its size being (width, height).
 
     The background, each object and the noise draw from generators of their own (the spec's seed and each object's
     `look`), so editing one object leaves every other pixel as it was.
     """
     # Drawn at twice the size, then halved: that smooths the edges.
-    image = Image.new("RGB", (size * 2, size * 2))
+    image = Image.new("RGB", (size[0] * 2, size[1] * 2))
     b = Brush(image, spec)
     draw_background(b, spec, random.Random(spec["seed"]))
     sunny = spec["weather"] == "clear" and spec["timeofday"] == "daytime"
@@ -863,7 +865,7 @@ def draw_scene(spec, size):
     if spec["timeofday"] != "daytime":
         # What shines has a halo: only what is bright, blurred, on top.
         bright = image.point([max(0, v - 150) * 2 for v in range(256)] * 3)
-        image = ImageChops.add(image, bright.filter(ImageFilter.GaussianBlur(0.02 * size)))
+        image = ImageChops.add(image, bright.filter(ImageFilter.GaussianBlur(0.02 * size[1])))
     if spec["weather"] == "rainy":
         image = wet_road(image, spec)
     if spec["blur"]:
@@ -873,11 +875,11 @@ def draw_scene(spec, size):
 
 def wet_road(image, spec):
     """The picture with a faint, blurred mirror image of what is above the horizon on what is below it."""
-    size = image.size[0]
-    horizon = round(spec["horizon"] * size)
-    above = image.crop((0, 2 * horizon - size, size, horizon))   # black where it reaches above the picture
+    width, height = image.size
+    horizon = round(spec["horizon"] * height)
+    above = image.crop((0, 2 * horizon - height, width, horizon))   # black where it reaches above the picture
     mirror = ImageOps.flip(above).filter(ImageFilter.BoxBlur((1, 4)))
-    road = image.crop((0, horizon, size, size))
+    road = image.crop((0, horizon, width, height))
     image.paste(Image.blend(road, mirror, 0.3), (0, horizon))
     return image
 
@@ -887,18 +889,18 @@ FALLING = {"rainy": (5, 44), "snowy": (1, 110)}
 
 
 @cache
-def grain(size):
+def grain(width, height):
     """Noise for two pictures, drawn once: drawing it anew for every picture would take a third of the time."""
-    return np.random.default_rng(0).standard_normal(2 * 3 * size * size, dtype=np.float32)
+    return np.random.default_rng(0).standard_normal(2 * 3 * width * height, dtype=np.float32)
 
 
 def develop(image, spec):
-    """The picture as a dashcam takes it (S, S, 3) uint8: uneven light, rain or snow, contrast, tint and noise.
+    """The picture as a dashcam takes it (height, width, 3) uint8: uneven light, rain or snow, contrast, tint and noise.
 
     All is fixed by the spec's seed, pixel by pixel, so that it does not depend on what was drawn.
     """
     rng = np.random.default_rng(spec["seed"])
-    size = image.size[0]
+    width, height = image.size
     # Contrast, tint and exposure of the camera, as what each level of each colour becomes
     gamma = spec["gamma"] if spec["timeofday"] == "daytime" else 1.0
     levels = np.linspace(0, 1, 256) ** gamma * 255 * spec["gain"]
@@ -906,18 +908,20 @@ def develop(image, spec):
     picture = np.array(image.point(table.astype(int).tolist()), np.float32)
     # Light and shade, coarse and fine, as they lie on every surface; under clouds the light is more even.
     uneven = spec["shade"] if spec["weather"] == "clear" else 0.3 * spec["shade"]
-    shade = np.ones((size, size), np.float32)
+    shade = np.ones((height, width), np.float32)
     for cells, strength in ((6, 0.3), (32, 0.2)):
         patches = rng.standard_normal((cells, cells), dtype=np.float32) * (strength * uneven) + 1
-        shade *= np.asarray(Image.fromarray(patches).resize((size, size), Image.BILINEAR))
+        shade *= np.asarray(Image.fromarray(patches).resize(image.size, Image.BILINEAR))
     picture *= shade[..., None]
     if spec["weather"] in FALLING:
         length, light = FALLING[spec["weather"]]
-        ys, xs = rng.integers(0, size, (2, 2 * size))
+        drops = 2 * width
+        ys = rng.integers(0, height, drops)
+        xs = rng.integers(0, width, drops)
         for k in range(length):
-            picture[(ys + k) % size, xs] += light * max(HOURS[spec["timeofday"]][0])
+            picture[(ys + k) % height, xs] += light * max(HOURS[spec["timeofday"]][0])
     start = rng.integers(picture.size)
-    picture += spec["noise"] * grain(size)[start:start + picture.size].reshape(picture.shape)
+    picture += spec["noise"] * grain(width, height)[start:start + picture.size].reshape(picture.shape)
     return picture.clip(0, 255, out=picture).astype(np.uint8)
 
 
@@ -1116,7 +1120,7 @@ def lamp_colour(given):
 
 
 def fit_record(record, width, height, size):
-    """A clean record with its boxes cut to the picture (width, height) and scaled to `size`, and new problems."""
+    """A clean record with its boxes cut to the picture (width, height) and scaled to one of `size`, and new problems."""
     labels = []
     problems = []
     for label in record["labels"]:
@@ -1128,7 +1132,7 @@ def fit_record(record, width, height, size):
             reason = f"{label['category']} {edges} in {width}x{height}"
             problems.append(("label", "box empty, inverted or outside the picture", reason))
             continue
-        scaled = [round(v * size / side, 2) for v, side in zip(cut, (width, height, width, height))]
+        scaled = [round(v * new / old, 2) for v, new, old in zip(cut, size + size, (width, height, width, height))]
         labels.append(dict(label, box2d=dict(zip(EDGES, scaled))))
     return dict(record, labels=labels), problems
 
@@ -1136,7 +1140,7 @@ def fit_record(record, width, height, size):
 def load_picture(path, size=None):
     """The picture at `path` as an upright RGB image. Raises BadPicture with the path.
 
-    size: decode a JPEG at about this size (draft scaling, several times faster) and resize to (size, size).
+    size: decode a JPEG at about this size (draft scaling, several times faster) and resize to it, a (width, height).
     """
     return picture_and_sides(path, size)[0]
 
@@ -1151,13 +1155,13 @@ def picture_and_sides(path, size=None):
             sides = image.size[::-1] if image.getexif().get(0x0112) in TURNED else image.size
             # The decoder of JPEG can leave out detail at once. The 3/2 keep what the resizing needs.
             if size:
-                image.draft("RGB", (3 * size // 2, 3 * size // 2))
+                image.draft("RGB", tuple(3 * side // 2 for side in size))
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":
                 image = from_deep_grey(image)
             image = image.convert("RGB")
             if size:
-                image = image.resize((size, size), Image.BICUBIC, reducing_gap=2.0)
+                image = image.resize(size, Image.BICUBIC, reducing_gap=2.0)
             return image, sides
     except FileNotFoundError:
         raise BadPicture("missing picture", f"there is no picture {path}") from None
@@ -1252,7 +1256,7 @@ def usual_size(records):
     sizes = Counter()
     for path, *_ in records:
         with contextlib.suppress(BadPicture):
-            sizes[picture_and_sides(path, 1)[1]] += 1
+            sizes[picture_and_sides(path, (1, 1))[1]] += 1
     return max(sizes, key=sizes.get, default=None)
 
 
@@ -1310,7 +1314,7 @@ def draw_one(job):
     spec = sample_scene(name, cfg)
     frame = scene_frame(spec, cfg)
     truths = finish(frame, cfg)
-    return None if truths is None else draw_scene(spec, cfg.image_size), frame, truths, []
+    return None if truths is None else draw_scene(spec, size_of(cfg)), frame, truths, []
 
 
 def decode_one(job):
@@ -1320,12 +1324,12 @@ def decode_one(job):
     if any(what == "frame" for what, _, _ in problems):
         return None, record, None, problems
     try:
-        picture, sides = picture_and_sides(path, cfg.image_size)
+        picture, sides = picture_and_sides(path, size_of(cfg))
         if sides != (usual or sides):
             raise BadPicture("wrong size", f"{path} has (width, height) {sides}, the others have {usual}")
     except BadPicture as error:
         return None, record, None, [("frame", error.kind, str(error))]
-    frame, outside = fit_record(record, *sides, cfg.image_size)
+    frame, outside = fit_record(record, *sides, size_of(cfg))
     truths = finish(frame, cfg, folder)
     if truths is None:
         return None, frame, None, []
@@ -1390,7 +1394,7 @@ def prepare(cfg):
     work, jobs, total = drawn_jobs(cfg) if cfg.source == "drawn" else bdd_jobs(cfg, folder)
     stored = store_frames(folder, parallel(work, jobs, cfg, "pictures", total), total, cfg)
     report = write_commands(folder, stored, cfg)
-    mean, std = channel_statistics(folder / "images.bin", stored.splits, cfg.image_size)
+    mean, std = channel_statistics(folder / "images.bin", stored.splits)
     meta = dict(magic=MAGIC, version=VERSION, hash=config.data_hash(cfg), frames=len(stored.splits),
                 settings={k: getattr(cfg, k) for k in config.DATA_KEYS}, splits=Counter(stored.splits.tolist()),
                 rejected=stored.rejected.total(), rejected_by=stored.rejected, labels_dropped=stored.dropped,
@@ -1462,15 +1466,15 @@ def store_frames(folder, results, total, cfg):
     return Stored(np.array(splits), np.array(truths), lost["frame"], lost["label"] + lost["colour"] + lost["unused"])
 
 
-def channel_statistics(path, splits, size):
+def channel_statistics(path, splits):
     """Mean and standard deviation of each colour channel in [0, 1], of the first training pictures of images.bin."""
-    images = np.memmap(path, np.uint8, "r").reshape(-1, size, size, 3)
+    images = np.memmap(path, np.uint8, "r").reshape(len(splits), -1, 3)
     # The first 2,000 say enough. Where nothing is for training, any picture will do.
     chosen = np.flatnonzero(splits == "train")[:2000].tolist() or [0]
     means, squares = np.zeros((2, 3))
     # One at a time: as floating-point numbers all of them would take gigabytes.
     for i in chosen:
-        pixels = images[i].reshape(-1, 3) / 255
+        pixels = images[i] / 255
         means += pixels.mean(0) / len(chosen)
         squares += (pixels**2).mean(0) / len(chosen)
     return means.tolist(), np.sqrt(squares - means**2).tolist()
@@ -1613,9 +1617,9 @@ def read_items(folder, name):
 
 
 def stored_images(cfg, meta):
-    """The stored pictures (meta["frames"], S, S, 3) uint8 in RGB, read from the disk when they are looked at."""
+    """The stored pictures (meta["frames"], height, width, 3) uint8 in RGB, read from the disk when they are looked at."""
     # images.bin holds the numbers alone; their shape is known from the settings and from meta.json.
-    shape = (meta["frames"], cfg.image_size, cfg.image_size, 3)
+    shape = (meta["frames"], cfg.image_height, cfg.image_width, 3)
     return np.memmap(Path(cfg.data_dir) / "images.bin", np.uint8, "r", shape=shape)
 
 
@@ -1652,7 +1656,7 @@ def load_meta(cfg):
 # ---- report ----
 
 def print_report(meta, cfg):
-    print(f"\n{cfg.data_dir}: {meta['frames']} pictures of {cfg.image_size}x{cfg.image_size}, {meta['rejected']} "
+    print(f"\n{cfg.data_dir}: {meta['frames']} pictures of {cfg.image_width}x{cfg.image_height}, {meta['rejected']} "
           f"rejected, in {meta['seconds']} s")
     for name in ("mean", "std"):
         print(f"channel {name} " + " ".join(f"{x:.3f}" for x in meta[name]))

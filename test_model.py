@@ -43,7 +43,7 @@ from config import UserError
 from model import VLM, Attention, RMSNorm, as_rows, ends, positions, rope_tables, rotate, row_mask
 from tokenizer import Tokenizer
 
-TINY = dict(image_size=32, patch_size=8, stem_width=8, vision_dim=32, vision_layers=2, vision_heads=2,
+TINY = dict(image_width=32, image_height=32, patch_size=8, stem_width=8, vision_dim=32, vision_layers=2, vision_heads=2,
             vision_ffn_dim=64, text_dim=32, text_layers=2, text_heads=4, text_kv_heads=2, text_head_dim=8,
             text_ffn_dim=48, max_text=24)
 V = 50           # words of the tiny vocabulary
@@ -80,7 +80,9 @@ def close(a, b, atol=1e-5):
 
 SETS = ("train", "val", "test", "ood", "test_words", "test_combos")
 DEFAULTS = config.from_args()
-SIZE = DEFAULTS.image_size
+# Boxes that tests write by hand are of square pictures of 128 pixels.
+SIZE = 128
+HAND = config.from_args([], image_width=SIZE, image_height=SIZE)
 SMALL = dict(vision_dim=32, vision_heads=1, vision_layers=1, vision_ffn_dim=64, stem_width=8, text_dim=32, text_heads=2,
              text_kv_heads=1, text_head_dim=16, text_layers=1, text_ffn_dim=32, batch_size=4, row_tokens=72,
              dtype="float32", device="cpu", eval_items=40, warmup_pictures=8, log_every=4, see_pictures=0,
@@ -133,7 +135,7 @@ def lamp(colour, **where):
 
 
 def view_of(*labels):
-    return View(dict(name="hand", labels=list(labels), attributes={}), DEFAULTS)
+    return View(dict(name="hand", labels=list(labels), attributes={}), HAND)
 
 
 def ask(template, first="", second="", labels=()):
@@ -146,7 +148,7 @@ def swapped(text):
 
 
 def as_pixels(images, data):
-    """Normalised (B, 3, S, S) back to (B, S, S, 3) in 0..255, float."""
+    """Normalised (B, 3, h, w) back to (B, h, w, 3) in 0..255, float."""
     return (images.numpy().transpose(0, 2, 3, 1) * data.std + data.mean) * 255
 
 
@@ -178,8 +180,8 @@ def made_up(root, **changes):
 
     numpy's generator makes all of it, so that it is the same on every machine. A pass takes 3 updates of 4 pictures.
     """
-    cfg = small_run(SimpleNamespace(cfg=DEFAULTS), root / "out", data_dir=str(root / "data"), image_size=32,
-                    patch_size=8, **changes)
+    cfg = small_run(SimpleNamespace(cfg=DEFAULTS), root / "out", data_dir=str(root / "data"), image_width=32,
+                    image_height=32, patch_size=8, **changes)
     rng, k = np.random.default_rng(0), np.arange(96)
     words = Tokenizer(train.TAGS + ["left", "right", "?"]).words
     folder = Path(cfg.data_dir)
@@ -280,15 +282,16 @@ def tested(subject, drawn):
     return evaluate.Questions(subject, drawn.meta, "test")
 
 
-def stub(cfg=DEFAULTS, **parts):
+def stub(cfg=HAND, **parts):
     """A subject of which a test gives the methods that it needs."""
     cfg = changed(cfg, bootstrap=50, workers=1)
-    blank = np.full((cfg.image_size, cfg.image_size, 3), 128, np.uint8)
+    blank = np.full((cfg.image_height, cfg.image_width, 3), 128, np.uint8)
     return SimpleNamespace(**{**dict(cfg=cfg, tokenizer=Tokenizer(commands.vocabulary()), blank=blank,
-                                     side=cfg.image_size // cfg.patch_size), **parts})
+                                     grid=(cfg.image_height // cfg.patch_size, cfg.image_width // cfg.patch_size)),
+                              **parts})
 
 
-def asked_of(scenes, *entries, cfg=DEFAULTS, images=None):
+def asked_of(scenes, *entries, cfg=HAND, images=None):
     """Questions by hand: scenes {picture: labels}; entries (picture, template, first, second, paraphrase), of which the
     last may lack; images: {picture: pixels}, by default the picture's number."""
     frames = {p: dict(name=f"{p}.png", labels=list(labels), attributes={}, complexity=0)
@@ -304,14 +307,14 @@ def asked_of(scenes, *entries, cfg=DEFAULTS, images=None):
     return asked
 
 
-def answering(rule, cfg=DEFAULTS):
+def answering(rule, cfg=HAND):
     """A subject whose log-odds are rule(picture, command): the command without its question mark."""
     spoken = Tokenizer(commands.vocabulary())
     return stub(cfg, ask=lambda jobs: np.array(
         [rule(picture, spoken.decode(ids)[:-2]) for picture, prompts in jobs for ids in prompts], float))
 
 
-def looking(rule, cfg=DEFAULTS):
+def looking(rule, cfg=HAND):
     """A subject whose maps (1, 1, T, P) are rule(picture, prompt)."""
     def look_at(jobs, model=None):
         for picture, prompts in jobs:
@@ -344,7 +347,7 @@ def test_patches_run_row_by_row():
     images[:, :, 8:16, 24:] += 1                          # second row, last column of the 4 x 4 patches
     changed = (model.features(images)["stem"] - before).abs().sum(-1)[0] > 1e-3
     assert changed.nonzero().flatten().tolist() == [7]
-    grid = model_file.sincos_2d(4, 32).view(4, 4, 2, 16)  # first half: the column, second half: the row
+    grid = model_file.sincos_2d(4, 4, 32).view(4, 4, 2, 16)  # first half: the column, second half: the row
     assert torch.equal(grid[0, :, 0], grid[3, :, 0]) and torch.equal(grid[:, 0, 1], grid[:, 3, 1])
     assert torch.pdist(grid.flatten(0, 1).flatten(1)).min() > 0.1
 
@@ -352,7 +355,7 @@ def test_patches_run_row_by_row():
 @pytest.mark.parametrize("patch", [4, 8, 32])
 def test_the_conv_stem_sees_each_patch_from_its_middle(patch):
     """The pixels that a patch depends on, all weights being 1: their mean lies within a pixel of the patch's middle."""
-    stem = model_file.conv_stem(config.from_args([], patch_size=patch, image_size=4 * patch))
+    stem = model_file.conv_stem(config.from_args([], patch_size=patch, image_width=4 * patch, image_height=4 * patch))
     left_out = torch.nn.GELU, model_file.BatchNorm
     stem = torch.nn.Sequential(*(layer for layer in stem if not isinstance(layer, left_out)))
     for p in stem.parameters():
@@ -603,7 +606,7 @@ def test_parameter_counts():
 
 def test_initial_sizes():
     torch.manual_seed(0)
-    cfg = config.from_args([], image_size=64)
+    cfg = config.from_args([], image_width=64, image_height=64)
     model = VLM(cfg, 300)
     block = model.decoder.blocks[0]
     for weight, size in ((block.attn.q.weight, 128), (block.ffn.down.weight, 256 * 3 * cfg.text_layers),
@@ -722,7 +725,8 @@ def test_overrides_are_cast_to_the_type_of_their_setting(capsys):
 @pytest.mark.parametrize("arguments, says", [
     ("--batchsize=3", "'batch_size'"), ("--batch_size=3.5", "whole number"), ("--lr=nan", "a number"),
     ("--resume=1", "True or False"), ("--stem=cone", "'conv'"), ("--preset=big", "default, base"),
-    ("--image_size=100", "image_size=96"), ("--patch_size=12 --image_size=120", "stem=conv"),
+    ("--image_width=100", "image_width=96"), ("--image_height=8", "image_height=16"),
+    ("--patch_size=12 --image_width=120", "stem=conv"),
     ("--vision_heads=3", "vision_dim=128"), ("--text_kv_heads=3", "text_heads=8"), ("--text_head_dim=15", "even"),
     ("--vision_dim=6 --vision_heads=1 --vision_positions=sincos", "divisible by 4"), ("--batch_size=0", "above 0"),
     ("--dropout=1", "below 1"), ("--min_lr=5", "from 0 to 1"), ("--workers=-1", "0 or above"),
@@ -743,12 +747,12 @@ def test_random_arguments_are_read_or_refused_in_one_line():
 
 def test_a_preset_comes_first_then_the_overrides(capsys):
     base = config.from_args(["--vision_dim=192", "--preset=base"])
-    assert (base.preset, base.vision_dim, base.image_size, base.text_dim) == ("base", 192, 224, 384)
+    assert (base.preset, base.vision_dim, base.image_width, base.text_dim) == ("base", 192, 288, 384)
     line = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("preset base replaces"))
-    assert "image_size 128 -> 224" in line and "vision_dim" not in line
-    assert config.from_args(["--preset=default"], preset="ablation").image_size == DEFAULTS.image_size
+    assert "image_width 160 -> 288" in line and "vision_dim" not in line
+    assert config.from_args(["--preset=default"], preset="ablation").image_width == DEFAULTS.image_width
     ablation = config.from_args([], preset="ablation", lr=1e-4)
-    assert (ablation.preset, ablation.image_size, ablation.lr) == ("ablation", 48, 1e-4)
+    assert (ablation.preset, ablation.image_width, ablation.lr) == ("ablation", 80, 1e-4)
 
 
 def test_every_setting_has_a_kind_a_section_a_comment_and_its_value():
@@ -761,8 +765,8 @@ def test_every_setting_has_a_kind_a_section_a_comment_and_its_value():
         assert type(default) is config.KIND_OF[name][1] and default == getattr(config, name), name
         assert f"\n{section}\n" in text and len(comment) > 3, name
         assert row.split()[:2] == [name, "="] and row.endswith(comment)
-    assert re.search("image_size += 224 +side of", text)
-    assert {"image_size", "num_scenes", "scene_seed", "weather", "min_pixels", "near_line"} <= set(config.DATA_KEYS)
+    assert re.search("image_width += 288 +of the", text)
+    assert {"image_width", "num_scenes", "scene_seed", "weather", "min_pixels", "near_line"} <= set(config.DATA_KEYS)
     assert not {"lr", "data_dir", "seed", "workers"} & set(config.DATA_KEYS)
 
 
@@ -1157,7 +1161,7 @@ def test_neither_the_picture_nor_the_question_gives_the_answer_away(drawn):
 
 
 def test_frames_are_numbered_split_by_name_and_filtered(drawn):
-    size = drawn.cfg.image_size
+    width, height = prepare.size_of(drawn.cfg)
     assert len({frame["name"] for frame in drawn.frames}) == len(drawn.frames) == len(drawn.images)
     for index, frame in enumerate(drawn.frames):
         assert frame["index"] == index and frame["name"].startswith("ood") == (frame["split"] == "ood")
@@ -1166,7 +1170,7 @@ def test_frames_are_numbered_split_by_name_and_filtered(drawn):
         assert inside == (frame["split"] != "ood")
         for label in frame["labels"]:
             x1, y1, x2, y2 = (label["box2d"][k] for k in ("x1", "y1", "x2", "y2"))
-            assert 0 <= x1 < x2 <= size and 0 <= y1 < y2 <= size and label["category"] in CATEGORIES
+            assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height and label["category"] in CATEGORIES
     splits = [prepare.split_of(f"frame-{i}.jpg") for i in range(1000)]
     assert Counter(splits) == dict(train=801, val=106, test=93) and splits[:2] == ["val", "train"]
     cfg = changed(DEFAULTS, weather="rainy, foggy", timeofday="night", scene="highway")
@@ -1180,7 +1184,7 @@ def test_a_scene_is_the_same_for_its_name_and_seed_and_its_labels_belong_to_what
     spec = prepare.sample_scene("scene-000003", DEFAULTS)
     assert spec != prepare.sample_scene("scene-000004", DEFAULTS)
     assert spec != prepare.sample_scene("scene-000003", changed(DEFAULTS, scene_seed=8))
-    checked, size = set(), drawn.cfg.image_size
+    checked, size = set(), prepare.size_of(drawn.cfg)
     for index in range(0, 120, 2):
         frame, picture = drawn.frames[index], drawn.images[index].astype(int)
         spec = json.loads(json.dumps(prepare.sample_scene(Path(frame["name"]).stem, drawn.cfg)))
@@ -1216,14 +1220,14 @@ def touched(spec, o, size):
     y1 -= 0.3 * dark * (y2 - y1)
     # The pole of what hangs stands at the kerb.
     aside = max(aside, hangs * spec["focal"] * (spec["right"] + 3 - o["x"]) / o["z"])
-    mask, grow = np.zeros((size, size), bool), 5 + 6 * dark
-    left, top, right, low = (int(v * size) for v in (x1 - aside, y1, x2 + aside, below))
+    mask, grow = np.zeros(size[::-1], bool), 5 + 6 * dark
+    left, top, right, low = (int(v * side) for v, side in zip((x1 - aside, y1, x2 + aside, below), size + size))
     mask[max(0, top - grow):max(0, low + grow), max(0, left - grow):max(0, right + grow)] = True
     return mask
 
 
 def test_twins_change_only_what_they_edit_and_flip_the_answer_or_keep_it(drawn):
-    cfg, size, kinds = drawn.cfg, drawn.cfg.image_size, set()
+    cfg, size, kinds = drawn.cfg, prepare.size_of(drawn.cfg), set()
     twins = [json.loads(line) for line in Path(cfg.data_dir, "twins.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(twins) == sum(item["answer"] is not None for item in drawn.items["test"])
     assert sum(twin["flip"] is not None for twin in twins) > 0.7 * len(twins)
@@ -1240,7 +1244,7 @@ def test_twins_change_only_what_they_edit_and_flip_the_answer_or_keep_it(drawn):
             assert len(edit["remove"]) <= 1 and len(edit["add"]) <= 1
             if n % 5 == 0:
                 kinds.add(edit["kind"])
-                allowed = np.zeros((size, size), bool)
+                allowed = np.zeros(size[::-1], bool)
                 for o in [spec["objects"][i] for i in edit["remove"]] + edit["add"]:
                     allowed |= touched(spec, o, size)
                 changes = (prepare.draw_scene(new, size) != drawn.images[item["picture"]]).any(-1)
@@ -1289,11 +1293,11 @@ def hours_and_weathers(name):
 @pytest.mark.parametrize("name", ["scene-000001", "scene-000004", "scene-000008"])
 def test_an_edit_leaves_the_other_pixels_alone_in_every_weather_and_at_every_hour(name):
     for spec in hours_and_weathers(name).values():
-        picture = prepare.draw_scene(spec, 128)
+        picture = prepare.draw_scene(spec, (160, 96))
         for i, o in enumerate(spec["objects"]):
             without = prepare.apply_edit(spec, dict(remove=[i], add=[]))
-            changes = (prepare.draw_scene(without, 128) != picture).any(-1)
-            assert not (changes & ~touched(spec, o, 128)).any(), (spec["weather"], spec["timeofday"], o)
+            changes = (prepare.draw_scene(without, (160, 96)) != picture).any(-1)
+            assert not (changes & ~touched(spec, o, (160, 96))).any(), (spec["weather"], spec["timeofday"], o)
 
 
 def test_at_night_paint_and_sky_are_dark_while_a_lamp_is_bright():
@@ -1301,11 +1305,11 @@ def test_at_night_paint_and_sky_are_dark_while_a_lamp_is_bright():
     light = dict(kind="light", x=0.0, y=3.0, z=16.0, w=1.2, h=1.6, d=0.0, facing="side", colour="red", look=1)
     for (weather, hour), spec in hours_and_weathers("scene-000004").items():
         spec.update(plain, objects=[], crosswalk=2.2)
-        x1, y1, x2, y2 = (round(128 * v) for v in prepare.object_box(spec, light))
-        street = prepare.draw_scene(spec, 128).max(-1)
-        lit = prepare.draw_scene(dict(spec, objects=[light]), 128)[y1:y2, x1:x2, 0]
-        horizon = int(128 * spec["horizon"])
-        sky, low_sky, paint = street[:20].mean(), street[horizon - 3:horizon].mean(), street[-8:].max()
+        x1, y1, x2, y2 = (round(side * v) for v, side in zip(prepare.object_box(spec, light), (160, 96, 160, 96)))
+        street = prepare.draw_scene(spec, (160, 96)).max(-1)
+        lit = prepare.draw_scene(dict(spec, objects=[light]), (160, 96))[y1:y2, x1:x2, 0]
+        horizon = int(96 * spec["horizon"])
+        sky, low_sky, paint = street[:15].mean(), street[horizon - 3:horizon].mean(), street[-6:].max()
         if hour == "night":
             assert max(sky, low_sky) < 80 and paint < 140 and lit.max() > 110, (weather, sky, low_sky, paint, lit.max())
         elif hour == "daytime":
@@ -1321,7 +1325,7 @@ def test_fog_hides_with_distance():
         changes = {}
         for weather, z in itertools.product(("clear", "foggy"), (6, 20, 45)):
             cars = [[dict(car, z=z, colour=colour)] for colour in ((20, 20, 22), (230, 230, 230))]
-            dark, pale = (prepare.draw_scene(dict(spec, weather=weather, objects=o), 128).astype(int) for o in cars)
+            dark, pale = (prepare.draw_scene(dict(spec, weather=weather, objects=o), (160, 96)).astype(int) for o in cars)
             changes[weather, z] = np.abs(dark - pale).max()
         assert changes["foggy", 6] > 2 * changes["foggy", 20] > 2 * changes["foggy", 45], (hour, changes)
         assert changes["foggy", 45] < 0.2 * changes["clear", 45], (hour, changes)
@@ -1367,13 +1371,13 @@ def mirrored(frame, size):
     return dict(frame, labels=labels)
 
 
-def moved(frame, x, y, scale, size):
+def moved(frame, x, y, scale, width, height):
     """The labels of a frame after cropping at (x, y) and enlarging by `scale`."""
     labels = []
     for label in frame["labels"]:
         b = label["box2d"]
         new = {k: (b[k] - (x if k[0] == "x" else y)) * scale for k in ("x1", "y1", "x2", "y2")}
-        new = {k: min(max(v, 0.0), float(size)) for k, v in new.items()}
+        new = {k: min(max(v, 0.0), float(width if k[0] == "x" else height)) for k, v in new.items()}
         if new["x2"] - new["x1"] > 1 and new["y2"] - new["y1"] > 1:
             labels.append(dict(label, box2d=new))
     return dict(frame, labels=labels)
@@ -1459,7 +1463,7 @@ def test_a_flip_mirrors_the_picture_and_its_words_and_keeps_the_truth(drawn):
     assert torch.equal(learned, b.targets >= 0) and torch.equal(b.targets[learned], b.tokens.roll(-1, 1)[learned])
     pictures = pictures_shown(a, plain)
     for picture, rows, texts in zip(pictures, items_of(a, plain, pictures), commands_of(b)):
-        view = View(mirrored(drawn.frames[picture], drawn.cfg.image_size), drawn.cfg)
+        view = View(mirrored(drawn.frames[picture], drawn.cfg.image_width), drawn.cfg)
         for item, ids in zip((drawn.items["train"][row] for row in rows), texts):
             command, answer = flipped.tokenizer.decode(ids).split(" ? ")
             reason = re.sub(r"^\[(YES|NO)\] ", "", answer)
@@ -1487,20 +1491,22 @@ def test_tags_are_the_words_of_the_four_descriptions_and_flip_with_the_picture(d
 
 def test_a_crop_keeps_every_answer_reason_and_description(drawn):
     """The stored pictures are replaced by a ramp that says which part of it a batch shows."""
-    data, whole, size = data_of(drawn, crop=0.35, row_tokens=120), data_of(drawn, row_tokens=120), SIZE
+    data, whole = data_of(drawn, crop=0.35, row_tokens=120), data_of(drawn, row_tokens=120)
+    width, height = prepare.size_of(drawn.cfg)
     pictures = pictures_shown(whole.batch(0, 160), whole)
-    x, y = np.meshgrid(2 * np.arange(size, dtype=np.uint8), 2 * np.arange(size, dtype=np.uint8))
-    data.images = np.broadcast_to(np.stack((x, y, 0 * x), -1), (len(data.images), size, size, 3))
+    x, y = np.meshgrid(np.arange(width, dtype=np.uint8), 2 * np.arange(height, dtype=np.uint8))
+    data.images = np.broadcast_to(np.stack((x, y, 0 * x), -1), (len(data.images), height, width, 3))
     batch = data.batch(0, 160)
-    crops, certain, asked, inner = 0, 0, 0, np.arange(8, size - 8)
+    crops, certain, asked = 0, 0, 0
+    down, across = np.arange(8, height - 8), np.arange(8, width - 8)
     for picture, own, image in zip(pictures, items_of(batch, data, pictures), as_pixels(batch.images, data)):
-        slope, top = np.polyfit(inner + 0.5, image[inner, :, 1].mean(1) / 2 + 0.5, 1)
-        left = np.polyfit(inner + 0.5, image[:, inner, 0].mean(0) / 2 + 0.5, 1)[1]
+        slope, top = np.polyfit(down + 0.5, image[down, :, 1].mean(1) / 2 + 0.5, 1)
+        left = np.polyfit(across + 0.5, image[:, across, 0].mean(0) + 0.5, 1)[1]
         if slope > 0.99:
             continue
         crops += 1
         assert slope >= 0.64
-        view = View(moved(drawn.frames[picture], left, top, 1 / slope, size), drawn.cfg)
+        view = View(moved(drawn.frames[picture], left, top, 1 / slope, width, height), drawn.cfg)
         for item in (drawn.items["train"][row] for row in own):
             wished = FALSE if item["answer"] is False else TRUE
             said = check_reason(item["reason"], view)
@@ -1601,7 +1607,7 @@ def test_a_bdd100k_folder_is_read_and_what_is_broken_is_named(tmp_path):
     whole = {frame["name"]: frame for frame in frames_in(out)}
     images = np.array(prepare.stored_images(cfg, meta))
     assert list(whole) == [record["name"] for record in listed] + [f"val{i:02d}.jpg" for i in range(6)]
-    assert images.shape == (26, 128, 128, 3) and rejected_in(out) == [] and meta["rejected"] == 0
+    assert images.shape == (26, 96, 160, 3) and rejected_in(out) == [] and meta["rejected"] == 0
     for name, frame in whole.items():
         colour = images[frame["index"], 64, 64].astype(int)
         assert abs(colour - (40 + int(name[-6:-4]), 90, 140)).max() < 6 and frame["split"] == prepare.split_of(name)
@@ -1650,7 +1656,7 @@ def test_a_bdd100k_folder_is_read_and_what_is_broken_is_named(tmp_path):
     assert [(label["category"], label["attributes"]["trafficLightColor"]) for label in kept] == [
         ("car", "none"), ("bicycle", "none"), ("traffic light", "green"), ("traffic light", "none")]
     assert [list(label["box2d"].values()) for label in kept[:3]] == [
-        [12.0, 42.67, 36.0, 120.89], [0.0, 64.0, 24.0, 128.0], [40.0, 7.11, 52.0, 49.78]]
+        [15.0, 32.0, 45.0, 90.67], [0.0, 48.0, 30.0, 96.0], [50.0, 5.33, 65.0, 37.33]]
     assert [len(frames[f"train{i:02d}.jpg"]["labels"]) for i in range(2, 10)] == [0, 0, 0, 0, 0, 0, 1, 0]
 
 
@@ -1807,15 +1813,15 @@ def test_pictures_of_every_kind_become_upright_rgb_or_are_refused_by_name(tmp_pa
         path.write_bytes(damaged((tmp_path / path.name[2:]).read_bytes(), rng, 4))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                                # Pillow's, of corrupt EXIF data
-            picture = prepare.load_picture(path, rng.choice((1, 16, 100)))
+            picture = prepare.load_picture(path, rng.choice(((1, 1), (16, 9), (100, 30))))
         assert picture.mode == "RGB"
     refused = 0
     for name, image in kinds.items():
         image.save(tmp_path / name)
         colour = (120, 120, 120) if name.startswith("grey") else (200, 30, 60)
-        for size in (None, 16):
+        for size in (None, (16, 12)):
             picture = prepare.load_picture(tmp_path / name, size)
-            assert (picture.mode, picture.size) == ("RGB", (size, size) if size else (40, 30)), name
+            assert (picture.mode, picture.size) == ("RGB", size or (40, 30)), name
             assert np.abs(np.asarray(picture)[8, 8] - np.array(colour, float)).max() <= 8, name
         refused += fuzz([tmp_path / f"{k:02d}{name}" for k in range(15)], read)
     assert 10 < refused < 150
@@ -1824,9 +1830,9 @@ def test_pictures_of_every_kind_become_upright_rgb_or_are_refused_by_name(tmp_pa
     exif = Image.Exif()
     exif[0x0112] = 6                                                       # stored turned, to be shown turned back
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    for size in (None, 32):
+    for size in (None, (32, 48)):
         picture = prepare.load_picture(tmp_path / "turned.jpg", size)
-        assert picture.size == ((size, size) if size else (40, 60))
+        assert picture.size == (size or (40, 60))
         above, below = (picture.getpixel((8, picture.height * k // 4))[0] for k in (1, 3))
         assert above > 200 and below < 50
     for name in (".", "absent.jpg"):
@@ -1850,10 +1856,10 @@ def test_mutated_labels_are_read_or_refused_by_name(tmp_path):
     def read(case):
         path.write_bytes(damaged(json.dumps([mutate(record), record]).encode(), rng, (0, 0, 1, 5)[case % 4]))
         for raw in prepare.stream_records(path, rng.choice((1, 7, 1 << 20))):
-            frame, _ = prepare.fit_record(prepare.clean_record(raw)[0], 1280, 720, 128)
+            frame, _ = prepare.fit_record(prepare.clean_record(raw)[0], 1280, 720, (128, 128))
             assert all(0 <= v <= 128 for label in frame["labels"] for v in label["box2d"].values())
             json.dumps(frame)
-            commands.truths(View(frame, DEFAULTS))
+            commands.truths(View(frame, HAND))
     assert 30 < fuzz(range(300), read) < 270
 
 
@@ -2015,7 +2021,7 @@ def test_tensorboard_is_told_the_graph_numbers_confusion_and_where_it_looked(dra
         assert rate == pytest.approx((cfg.lr if step > 2 else cfg.lr_vision) * train.lr_scale(step - 1, cfg))
     assert [step for step, _ in told["lr"]] == [2, 4, 6] and cfg.lr != cfg.lr_vision
     (step, picture), (_, asked) = told["where it looked"][-2:]
-    assert step == 6 and picture.shape == (3, cfg.image_size, asked.count("?") * cfg.image_size)
+    assert step == 6 and picture.shape == (3, cfg.image_height, asked.count("?") * cfg.image_width)
     assert 1 <= asked.count("?") <= cfg.batch_size
     model, *_ = train.load_model(changed(cfg, checkpoint=str(tmp_path / "last.pt")))
     data = train.Data(cfg, drawn.meta, "val")
@@ -2037,17 +2043,17 @@ def test_pictures_are_lit_where_the_question_looked(drawn):
     verdicts[0] = False                                                           # a picture without a question
     batch.targets[0] = -1
     rows = verdicts.any(-1).nonzero()[:, 0]
-    size = batch.images.shape[-1]
-    cross = torch.full((2, 6, 2, batch.tokens.shape[1], 16), 0.01)
-    light = torch.full((len(rows), 4, 4), 0.2 + 0.8 * 0.02)
+    height, width = batch.images.shape[-2:]
+    cross = torch.full((2, 6, 2, batch.tokens.shape[1], 15), 0.01)
+    light = torch.full((len(rows), 3, 5), 0.2 + 0.8 * 0.02)
     for n, b in enumerate(rows):
         first = verdicts[b].nonzero()[0, 0]
         cross[:, b, :, first, 5 + n % 3] = 0.5
-        light[n, 1, 1 + n % 3] = 1
-    picture, asked = train.attention_pictures(batch, cross, data)
-    whole = torch.from_numpy(as_pixels(batch.images[rows], data)).clamp(0, 255) / 255     # (n, S, S, 3)
-    light = light.repeat_interleave(size // 4, 1).repeat_interleave(size // 4, 2)
-    close(torch.stack(picture.split(size, -1)), (whole * light[..., None]).movedim(-1, 1).float())
+        light[n, 1, n % 3] = 1
+    picture, asked = train.attention_pictures(batch, cross, data, (3, 5))
+    whole = torch.from_numpy(as_pixels(batch.images[rows], data)).clamp(0, 255) / 255     # (n, h, w, 3)
+    light = light.repeat_interleave(height // 3, 1).repeat_interleave(width // 5, 2)
+    close(torch.stack(picture.split(width, -1)), (whole * light[..., None]).movedim(-1, 1).float())
     assert len(asked) == len(rows) > 1
     assert all(text.endswith(("? [YES]", "? [NO]")) and text.count("?") == 1 for text in asked)
 
@@ -2208,11 +2214,11 @@ def test_training_starts_from_the_weights_of_another_run(trained, tmp_path, caps
     run, state = train.Run(start, data, torch.device("cpu")), train.load_checkpoint(best)
     assert same(run.model.state_dict(), state["model"]) and same(run.tagger.state_dict(), state["tagger"])
     assert f"starting from {best}, trained for 2 updates on drawn scenes" in capsys.readouterr().out
-    larger = train.Run(changed(start, image_size=64), data, torch.device("cpu")).model.vision.positions
-    assert torch.equal(larger, train.resize_positions(state["model"]["vision.positions"], 64))
+    larger = train.Run(changed(start, image_width=64, image_height=48), data, torch.device("cpu")).model.vision.positions
+    assert torch.equal(larger, train.resize_positions(state["model"]["vision.positions"], (4, 4), (6, 8)))
     side = torch.arange(4.0)
     column_and_row = torch.stack((side.repeat(4), side.repeat_interleave(4)), -1)           # (16, 2)
-    grid = train.resize_positions(column_and_row, 64).view(8, 8, 2)
+    grid = train.resize_positions(column_and_row, (4, 4), (8, 8)).view(8, 8, 2)
     assert grid[..., 0].tolist() == [[0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]] * 8
     assert torch.equal(grid[..., 1], grid[..., 0].T)
 
@@ -2388,7 +2394,7 @@ def look_of(*entries, layers=1, heads=1):
 def test_the_share_of_each_patch_that_boxes_cover():
     def covered(*edges):
         labels = [dict(box2d=dict(zip(("x1", "y1", "x2", "y2"), e))) for e in edges]
-        return {i: v for i, v in enumerate(evaluate.cover(labels, 32, 4).tolist()) if v}     # 4 x 4 patches of 8 pixels
+        return {i: v for i, v in enumerate(evaluate.cover(labels, (32, 32), (4, 4)).tolist()) if v}     # 4 x 4 patches of 8 pixels
     assert covered((8, 8, 16, 16)) == {5: 1} == covered((8, 8, 16, 16), (9, 9, 12, 12))
     assert covered((4, 2, 12, 6), (8, 0, 16, 8)) == {0: 0.25, 1: 1}
     assert covered((-5, 4, 12, 8)) == {0: 0.5, 1: 0.25} and covered((-9, -9, 99, 99)) == dict.fromkeys(range(16), 1)
@@ -2420,7 +2426,7 @@ def test_rivals_of_a_map_are_of_another_command_and_of_another_picture():
                    (3, "car", [4], maps[3]), (4, "truck", [5], maps[4]), layers=2, heads=2)
     picture, even = np.array([10, 10, 10, 11, 12]), np.ones(16)
     untrained = look._replace(maps=np.broadcast_to(one_hot(9), look.maps.shape))
-    found = evaluate.baseline_maps(look, picture, untrained)
+    found = evaluate.baseline_maps(look, picture, untrained, (4, 4))
     assert np.array_equal(found["another command's map"], [maps[1], maps[2], maps[1], even, even])
     assert np.array_equal(found["another picture's map"], [maps[3], even, maps[3], maps[0], even])
     assert (found["untrained weights"] == one_hot(9)).all() and (found["chance (any patch)"] == 1).all()
@@ -2438,7 +2444,7 @@ def test_grounding_compares_the_model_with_its_best_baseline():
     look = look._replace(maps=maps)
     untrained = look._replace(maps=np.broadcast_to(one_hot(0), look.maps.shape))
     other_set = look_of((0, "car", [1, 2, 3], np.array([0, 0.9, 1, 0.7] + [0.5] * 12)))
-    found = evaluate.grounding(asked, look, untrained, other_set)
+    found = evaluate.grounding(asked, look, untrained, other_set, (4, 4))
     value = {name: {k: row["value"] for k, row in rows.items()} for name, rows in found["scores"].items()}
     assert found["threshold"] == 0.55 and value["model"] == pytest.approx(
         dict(pointing=75, mass_in_box=75 * 0.75, enrichment=12 * 0.75, iou=100 * 2.5 / 4))
@@ -2446,15 +2452,15 @@ def test_grounding_compares_the_model_with_its_best_baseline():
     area = 100 * 5 / 64
     assert value["chance (any patch)"] == pytest.approx(dict(pointing=area, mass_in_box=area, enrichment=1, iou=area))
     assert found["best_baseline"] == "another picture's map" and found["pointing_ahead"]["value"] == 25
-    assert evaluate.grounding(asked, look, untrained, look_of())["threshold"] == 0.5
-    assert evaluate.grounding(asked, look_of(), look_of(), look) == dict(n=0)
+    assert evaluate.grounding(asked, look, untrained, look_of(), (4, 4))["threshold"] == 0.5
+    assert evaluate.grounding(asked, look_of(), look_of(), look, (4, 4)) == dict(n=0)
 
 
 @pytest.mark.parametrize("first, weights", [(1, one_hot(6)), (5, np.where(np.arange(16) == 6, 0, 1 / 15))])
 def test_deletion_and_insertion_follow_the_map(first, weights):
     """p(YES) hangs on patch 6 alone. It falls, or rises, when that goes: first with one map, last with the other."""
     high, low = 100 / (1 + math.exp(-4)), 100 / (1 + math.exp(4))
-    small = changed(DEFAULTS, image_size=32, patch_size=8)
+    small = changed(DEFAULTS, image_width=32, image_height=32, patch_size=8)
     subject = answering(lambda image, _: 4.0 if (image[8:16, 16:24] != 128).any() else -4.0, small)
     asked = asked_of({p: [] for p in range(9)}, *((p, "exists", "car") for p in range(9)), cfg=small,
                      images=np.full((9, 32, 32, 3), 200, np.uint8))
@@ -2577,7 +2583,7 @@ def test_questions_are_those_of_the_set_and_are_asked_as_in_training(subject, te
     assert len(set(tested.sample(50, 0))) == 50 and not np.array_equal(tested.sample(50, 0), tested.sample(50, 1))
     assert set(tested.sample(50, 0, tested.truth)) < set(np.flatnonzero(tested.truth))
     assert np.allclose(subject.blank / 255, drawn.meta["mean"], atol=1 / 500)
-    assert subject.blank.shape[:2] == (SIZE, SIZE)
+    assert subject.blank.shape[1::-1] == prepare.size_of(subject.cfg)
 
 
 @torch.no_grad()
@@ -2590,7 +2596,7 @@ def test_odds_maps_and_texts_are_those_of_each_prompt_alone(subject, tested):
         prompt = torch.tensor([tested.prompts[i]])
         images = subject.images(tested.pixels(i)[None])
         logits, attn = subject.model(images, prompt, return_attn=True)
-        assert looked[k][1].shape == (1, 2, prompt.shape[1], 64)
+        assert looked[k][1].shape == (1, 2, prompt.shape[1], 60)
         close(torch.from_numpy(looked[k][1]), attn["cross"][:, 0])
         by_hand = float(logits[0, -1, tokenizer.YES] - logits[0, -1, tokenizer.NO])
         assert looked[k][0] == pytest.approx(by_hand, abs=1e-4) == odds[k]
@@ -2607,7 +2613,7 @@ def test_generated_answers_are_split_from_their_reasons(subject, monkeypatch):
     model = SimpleNamespace(encode=subject.model.encode, generate=lambda vision, tokens, room: torch.tensor(
         [said[int(n)] for n in (tokens != 0).sum(-1)]))
     monkeypatch.setattr(subject, "model", model)
-    image, word = np.zeros((SIZE, SIZE, 3), np.uint8), subject.tokenizer.words
+    image, word = np.zeros_like(subject.blank), subject.tokenizer.words
     found = subject.say([(image, [[9], [9, 9]]), (image, [[9, 9, 9]])])
     assert found == [(False, f"{word[30]} {word[31]}"), (True, word[32]), (None, f"{word[33]} [YES]")]
 
@@ -2811,7 +2817,7 @@ def test_a_word_is_judged_by_its_kind_and_an_answer_by_what_makes_it_yes():
     assert answers.shape == (7, 1, 1, 64) and answers[:, 0, 0, 0].tolist() == [len(p) - 1 for p in asked.prompts]
 
     def covered(*labels):
-        return evaluate.cover(labels, 128, 8)
+        return evaluate.cover(labels, (128, 128), (8, 8))
     spoken = Tokenizer(commands.vocabulary()).words
     cars, buses, light = covered(CAR_LEFT, right), covered(BUS_AHEAD, far), covered(lamp("red"))
     wished = [(0, "car", cars), (1, "car", cars), (2, "bus", buses), (3, "car", cars), (3, "bus", buses),
@@ -2885,7 +2891,7 @@ def test_the_page_is_what_is_written(evaluated):
     assert page["twins"]["questions"] == n == page["calibration"]["raw"]["n"] and page["reasons"]["exact"]["n"] == 40
     assert "shortcut_rate" in page["reasons"] and "shortcut_rate" not in page["descriptions"]
     entropy = page["attention"]["entropy"]
-    assert 0.5 * entropy["maximum"] < entropy["mean"]["value"] <= entropy["maximum"] == round(math.log(64), 4)
+    assert 0.5 * entropy["maximum"] < entropy["mean"]["value"] <= entropy["maximum"] == round(math.log(60), 4)
     assert [len(heads) for heads in entropy["by_head"]] == [2] and len(page["head_ablation"]) == 5
     assert page["attention"]["grounding"]["word"]["scores"]["model"]["pointing"]["n"] > 0
     nothing = dict(n=n, value=0, low=0, high=0)             # compared with itself
@@ -2909,11 +2915,11 @@ def test_failures_are_those_of_the_confusion_matrix_and_their_maps_are_stored(ev
     with np.load(Path(cfg.out_dir) / "attention.npz") as stored:
         sampled, failed = stored["items"].tolist(), stored["failure_items"].tolist()
         shown = {items[k]["picture"] for k in sampled}
-        assert stored["answer_maps"].shape == (len(sampled), 64) and 60 <= len(sampled) == len(stored["odds"]) <= 110
+        assert stored["answer_maps"].shape == (len(sampled), 60) and 60 <= len(sampled) == len(stored["odds"]) <= 110
         whole = [k for k, item in enumerate(items) if item["picture"] in shown and item["answer"] is not None]
         assert sampled == whole, "all questions about each picture"
         assert set(failed) <= {r["item"] for r in wrong} and len(failed) == min(len(wrong), evaluate.STORED_FAILURES)
-        assert stored["failure_maps"].shape == (len(failed), 1, 2, 64)
+        assert stored["failure_maps"].shape == (len(failed), 1, 2, 60)
         for k in set(failed) & set(sampled):
             mean = stored["failure_maps"][failed.index(k)].astype(float).mean((0, 1))
             assert np.allclose(mean, stored["answer_maps"][sampled.index(k)], atol=1e-3)
@@ -2989,12 +2995,12 @@ def typed(tmp_path_factory):
     cfg = config.from_args([], **{**TINY, "vision_layers": 1}, device="cpu", max_new_tokens=8, dpi=40,
                            out_dir=str(root))
     save_untrained(cfg, dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3], hash=config.data_hash(cfg)))
-    Image.fromarray(np.asarray(prepare.draw_scene(prepare.sample_scene("a", cfg), 64))).save(root / "a.png")
+    Image.fromarray(np.asarray(prepare.draw_scene(prepare.sample_scene("a", cfg), (64, 64)))).save(root / "a.png")
     return changed(cfg, checkpoint=str(root / "best.pt"), image=str(root / "a.png"), command="is there a bus?")
 
 
 def picture_and_subject(typed):
-    return np.asarray(prepare.load_picture(typed.image, typed.image_size)), evaluate.Subject(typed)
+    return np.asarray(prepare.load_picture(typed.image, prepare.size_of(typed))), evaluate.Subject(typed)
 
 
 @torch.no_grad()
@@ -3158,7 +3164,7 @@ def test_mistakes_are_counted_by_what_the_words_of_the_figure_say(report):
     asked = report.asked
     stored = [i for i, q in enumerate(asked.questions) if q.objects]
     one = [i for i in stored if asked.truth[i] and asked.questions[i].template in ("exists", "exists_at", "near")]
-    report.stored.update(failure_items=asked.rows[stored], failure_maps=np.full((len(stored), 1, 2, 64), 1 / 64))
+    report.stored.update(failure_items=asked.rows[stored], failure_maps=np.full((len(stored), 1, 2, 60), 1 / 60))
     assert visualize.figure_failures(report)[1]["n"] == len(one) > 5
     report.page["failures"].update(
         confusions=[dict(asked="car", present="bus", n=30, said_yes=40, elsewhere=10, times=4)],
@@ -3243,7 +3249,7 @@ def test_every_variant_learns_and_shows_where_it_looks(drawn):
         with torch.no_grad():
             _, attn = model.eval()(batch.images, batch.tokens, batch.segment, return_attn=True)
         maps = attn["cross"].transpose(2, 3)[:, batch.segment > 0]                # (layers, words, H, P)
-        assert maps.shape[-1] == (cfg.image_size // cfg.patch_size) ** 2
+        assert maps.shape[-1] == cfg.image_width * cfg.image_height // cfg.patch_size ** 2
         close(maps.sum(-1), torch.ones(maps.shape[:-1]), 1e-4)
         seen[name] = (str(sorted(vars(cfg).items())), round(loss.item(), 5))
     assert len(set(seen.values())) == len(seen)
@@ -3268,15 +3274,16 @@ def test_what_a_variant_takes_away_is_gone(drawn):
     mean = v.mean(2).repeat_interleave(2, 1).flatten(1)                           # (B, H*d), whatever is asked
     close(cross(torch.randn(2, 3, 32), k, v), cross.out(mean)[:, None].expand(-1, 3, -1))
     blind, tokens = variant_of(drawn, "blind")[1], words(2, 8)
-    assert torch.equal(blind(pictures(2, SIZE), tokens), blind(pictures(2, SIZE) + 1, tokens))
+    images = torch.randn(2, 3, *blind.vision.size)
+    assert torch.equal(blind(images, tokens), blind(images + 1, tokens))
     for name, tells in (("full", True), ("no_rope", False), ("learned_positions", True)):
         decoder = variant_of(drawn, name, text_layers=1)[1].decoder               # one layer cannot know the order
         a, b = decoder(torch.tensor([[7, 8, 9, 10], [8, 7, 9, 10]]), torch.ones(2, 4, dtype=torch.long))[:, -1]
         assert ((a - b).abs().max() > 1e-3) == tells, name
     cfg, model, _ = variant_of(drawn, "no_positions", stem="patch")
-    image = pictures(1, SIZE)                               # moved by half its width, its patches are the same, moved
-    a, b = (model.encode(x).unflatten(1, (SIZE // cfg.patch_size, -1)) for x in (image, image.roll(SIZE // 2, 3)))
-    close(a.roll(SIZE // 2 // cfg.patch_size, 2), b, 1e-4)
+    image, half = images[:1], cfg.image_width // 2          # moved by half its width, its patches are the same, moved
+    a, b = (model.encode(x).unflatten(1, model.vision.grid) for x in (image, image.roll(half, 3)))
+    close(a.roll(half // cfg.patch_size, 2), b, 1e-4)
 
 
 @torch.no_grad()
@@ -3411,10 +3418,10 @@ def test_disturbances_grow_and_their_controls_are_the_same_changes_elsewhere():
     apart = ablate.scattered(picture, other, rng)
     assert (apart == 200).sum() == (other == 200).sum() and not np.array_equal(apart, other)
     for _ in range(50):
-        x1, y1, x2, y2 = ablate.elsewhere((4, 2, 9, 6), 16, rng)
-        assert (x2 - x1, y2 - y1) == (5, 4) and min(x1, y1) >= 0 and max(x2, y2) <= 16
+        x1, y1, x2, y2 = ablate.elsewhere((4, 2, 9, 6), 16, 12, rng)
+        assert (x2 - x1, y2 - y1) == (5, 4) and min(x1, y1) >= 0 and x2 <= 16 and y2 <= 12
         assert x1 >= 9 or x2 <= 4 or y1 >= 6 or y2 <= 2
-    assert ablate.elsewhere((1, 1, 15, 15), 16, rng) is None
+    assert ablate.elsewhere((1, 1, 15, 11), 16, 12, rng) is None
 
 
 def test_an_attack_stays_in_its_size_and_hurts_more_than_chance(tested, subject):

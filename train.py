@@ -66,7 +66,7 @@ TAGS = sorted({commands.NOUNS[c][0].split()[-1] for c in commands.CATEGORIES} | 
 
 @dataclasses.dataclass
 class Batch:
-    """images (B, 3, S, S) float32, normalised; tokens, segment and targets (B, L) int64, see model.as_rows, targets
+    """images (B, 3, h, w) float32, normalised; tokens, segment and targets (B, L) int64, see model.as_rows, targets
     IGNORE where nothing is learned; tags (B, 4, W) float32: which of TAGS the descriptions of the scene, the left, the
     way ahead and the right name."""
     images: torch.Tensor
@@ -77,7 +77,7 @@ class Batch:
 
 
 def normalise(pictures, mean, std):
-    """uint8 (B, S, S, 3) to float32 (B, 3, S, S), by the channel mean and std of the training pictures."""
+    """uint8 (B, h, w, 3) to float32 (B, 3, h, w), by the channel mean and std of the training pictures."""
     # Transposed as bytes, picture by picture, and scaled in place: a sixth of the time that it takes with floats.
     planes = np.array([np.ascontiguousarray(picture.transpose(2, 0, 1)) for picture in pictures], np.float32)
     planes *= (1 / (255 * np.float32(std)))[:, None, None]
@@ -101,7 +101,7 @@ class Data:
         root = Path(cfg.data_dir)
         self.cfg = cfg
         self.name = name
-        self.images = prepare.stored_images(cfg, meta)                            # (N, S, S, 3) uint8
+        self.images = prepare.stored_images(cfg, meta)                            # (N, h, w, 3) uint8
         self.tokens = np.load(root / f"tokens_{name}.npy", mmap_mode="r")         # (n, longest) uint16
         self.index = np.load(root / f"index_{name}.npy")
         longest = self.tokens.shape[1]
@@ -209,23 +209,22 @@ class Data:
 
     def _crop(self, picture, chosen, rng):
         """A random crop of `picture`, resized back, if the chosen commands keep their answers and texts."""
-        size = picture.shape[0]
-        side = size * (1 - rng.uniform(0, self.cfg.crop))
-        x, y = rng.uniform(0, size - side, 2)
+        height, width = picture.shape[:2]
+        share = 1 - rng.uniform(0, self.cfg.crop)
+        x = rng.uniform(0, width * (1 - share))
+        y = rng.uniform(0, height * (1 - share))
         frame = self.frames[self.items[chosen[0]]["picture"]]
         labels = []
         for label in frame["labels"]:
-            box = {}
-            for edge, value in label["box2d"].items():
-                moved = (value - (x if "x" in edge else y)) * size / side
-                box[edge] = min(max(moved, 0.0), float(size))
-            if box["x2"] - box["x1"] > 1 and box["y2"] - box["y1"] > 1:
-                labels.append(dict(label, box2d=box))
+            moved = [(edge - start) / share for edge, start in zip(commands.corners(label), (x, y, x, y))]
+            x1, y1, x2, y2 = edges = prepare.clipped(moved, float(width), float(height))
+            if x2 - x1 > 1 and y2 - y1 > 1:
+                labels.append(dict(label, box2d=dict(zip(commands.EDGES, edges))))
         view = commands.View(dict(frame, labels=labels), self.cfg)
         if not all(self._holds(self.items[i], view) for i in chosen):
             return picture
-        cropped = Image.fromarray(picture).resize((size, size), Image.BILINEAR, box=(x, y, x + side, y + side))
-        return np.asarray(cropped)
+        kept = x, y, x + width * share, y + height * share
+        return np.asarray(Image.fromarray(picture).resize((width, height), Image.BILINEAR, box=kept))
 
     def _holds(self, item, view):
         """Whether the answer and the text of a stored command are true of a view."""
@@ -554,11 +553,10 @@ def export(cfg):
 
 # ---- starting from the weights of another run ----
 
-def resize_positions(positions, patches):
-    """Learned positions (P, D) of a square grid, interpolated bilinearly to `patches` positions."""
-    old = math.isqrt(len(positions))
-    square = positions.T.unflatten(1, (old, old))[None]                           # (1, D, old, old)
-    return F.interpolate(square, math.isqrt(patches), mode="bilinear")[0].flatten(1).T.contiguous()
+def resize_positions(positions, old, new):
+    """Learned positions (P, D) of a grid `old` (rows, columns) of patches, interpolated bilinearly to those of `new`."""
+    planes = positions.T.unflatten(1, old)[None]                                  # (1, D, rows, columns)
+    return F.interpolate(planes, new, mode="bilinear")[0].flatten(1).T.contiguous()
 
 
 def start_from(cfg, model, tagger, data):
@@ -568,9 +566,9 @@ def start_from(cfg, model, tagger, data):
     if tokenizer.words != data.tokenizer.words:
         raise UserError(f"{path} was trained with another vocabulary ({len(tokenizer)} words): its commands.py differs")
     weights = other.state_dict()
-    patches = (cfg.image_size // cfg.patch_size) ** 2
-    if "vision.positions" in weights and len(weights["vision.positions"]) != patches:
-        weights["vision.positions"] = resize_positions(weights["vision.positions"], patches)
+    old, new = other.vision.grid, model.vision.grid
+    if "vision.positions" in weights and old != new:
+        weights["vision.positions"] = resize_positions(weights["vision.positions"], old, new)
     try:
         load_weights(model, weights, path)
     except UserError as error:
@@ -785,7 +783,7 @@ class Log:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
 
-    def looks(self, step, truth, said, batch, cross, data):
+    def looks(self, step, truth, said, batch, cross, data, grid):
         """Tell TensorBoard what was confused, and where the first questions of a batch looked.
 
         truth, said: bool (n,), whether YES is true and was answered; cross (layers, B, H, L, P).
@@ -794,7 +792,7 @@ class Log:
             lines = [f"| {name} | {said[own].sum()} | {(~said[own]).sum()} |"
                      for name, own in (("YES", truth), ("NO", ~truth))]
             self.board.add_text("confusion", "\n".join(["| truth | YES | NO |", "|---|---|---|", *lines]), step)
-            picture, asked = attention_pictures(batch, cross, data)
+            picture, asked = attention_pictures(batch, cross, data, grid)
             if asked:
                 self.board.add_image("where it looked", picture, step)
                 self.board.add_text("where it looked", "; ".join(asked), step)
@@ -805,18 +803,17 @@ class Log:
             self.board.close()
 
 
-def attention_pictures(batch, cross, data):
-    """Pictures side by side (3, S, n*S), each lit where its first question looked for the answer; and these questions.
+def attention_pictures(batch, cross, data, grid):
+    """Pictures side by side (3, h, n*w), each lit where its first question looked for the answer; and these questions.
 
     Pictures without a question are left out. cross (layers, B, H, L, P), of which the mean is taken; a picture's most
-    attended patch is as bright as it was.
+    attended patch is as bright as it was. grid: (rows, columns) of patches.
     """
     answers = verdicts(batch.targets)
     rows = answers.any(-1).nonzero()[:, 0]                                       # (n,)
     at = answers[rows].int().argmax(-1)                                          # the `?` of that question, (n,)
     maps = cross.mean((0, 2))[rows, at]                                           # (n, P)
-    side = math.isqrt(maps.shape[-1])
-    light = (maps / maps.amax(-1, keepdim=True)).view(-1, 1, side, side)
+    light = (maps / maps.amax(-1, keepdim=True)).view(-1, 1, *grid)
     light = F.interpolate(light, size=batch.images.shape[-2:])
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
     pictures = (batch.images[rows] * std + mean).clamp(0, 1) * (0.2 + 0.8 * light)
@@ -916,7 +913,7 @@ def validate(run, val, log):
           f"(guessing: 0.693), cross-attention entropy {entropy:.2f} of {math.log(cross.shape[-1]):.2f}, "
           f"{time.time() - log.start:.0f} s", flush=True)
     log.row(run.step, val_accuracy=accuracy, val_loss=loss, attention_entropy=entropy)
-    log.looks(run.step, truth, odds > 0, batch, cross, run.data)
+    log.looks(run.step, truth, odds > 0, batch, cross, run.data, run.model.vision.grid)
     return accuracy
 
 

@@ -13,7 +13,7 @@
     python visualize.py --image=street.jpg --command="is there a bus?" --command2="is there a car?"
     python visualize.py --image=street.jpg --command="describe the scene" --beam=4
 
-Shapes: P = side * side patches, n words of the command, L layers, H heads, T = n + 2 tokens.
+Shapes: P = rows * columns patches, n words of the command, L layers, H heads, T = n + 2 tokens.
 """
 import base64
 import csv
@@ -82,13 +82,13 @@ def yes_no(true):
 def answer(subject, picture, command):
     """What the model says to one command about one picture.
 
-    subject: evaluate.Subject; picture: uint8 (S, S, 3) with S = image_size. Returns a Shot:
+    subject: evaluate.Subject; picture: uint8 (h, w, 3), of the size that the model was trained on. Returns a Shot:
         verdict       "YES", "NO", or None for a description
         probability   of the verdict, from the two-way softmax over [YES] and [NO] at `?`; None for a description
         reason        text, or the description
         words         the command's words (n), as typed; those unknown to the model end in [UNK]
-        cross         float32 numpy (L, H, n + 1, side, side): one map per word; the last is that of the answer
-        maps          their mean over layers and heads (n + 1, side, side)
+        cross         float32 numpy (L, H, n + 1, rows, columns): one map per word; the last is that of the answer
+        maps          their mean over layers and heads (n + 1, rows, columns)
         vision, text  self-attention, float32 numpy (layers, heads, P, P) and (L, H, T, T)
         picture, boxes   the picture, and for each map the labels to outline: none, unless the caller adds them
     Raises UserError for a command that cannot be asked, see read_command.
@@ -117,7 +117,7 @@ def answer(subject, picture, command):
     reason = [i for i in new[0].tolist() if i not in (YES, NO)]
 
     # [SOS] comes first and has no map; the map at `?` is that of the answer.
-    cross = attn["cross"][:, :, 1:].reshape(cfg.text_layers, cfg.text_heads, -1, subject.side, subject.side)
+    cross = attn["cross"][:, :, 1:].reshape(cfg.text_layers, cfg.text_heads, -1, *subject.grid)
     shown = [word + " [UNK]" * (i == UNK) for word, i in zip(words, ids[1:])]
     return Shot(verdict, probability, subject.tokenizer.decode(reason), shown, cross, cross.mean((0, 1)),
                 attn["vision"], attn["self"], picture, [()] * (len(words) + 1))
@@ -225,7 +225,7 @@ def change_scale(most):
 # ---- drawing: panels, which hold pictures and maps ----
 
 Panel = namedtuple("Panel", "picture map label boxes note", defaults=(None, "", (), ""))
-# picture: uint8 (S, S, 3); map (side, side), which sums to 1, or the difference of two such, which sums to 0;
+# picture: uint8 (h, w, 3); map (rows, columns), which sums to 1, or the difference of two such, which sums to 0;
 # label: text above; boxes: labels whose boxes to outline; note: text below, before the numbers of the map
 
 
@@ -258,7 +258,7 @@ def note_of(panel):
     nats = rounded(entropy(flat), 2)
     text = f"{panel.note}\nH {nats:.2f} ({100 * nats / math.log(flat.size):.0f}%)\npeak {peak(panel):.1f}×"
     if panel.boxes:
-        share = cover(panel.boxes, len(panel.picture), len(panel.map))
+        share = cover(panel.boxes, panel.picture.shape[1::-1], panel.map.shape)
         text += f"\nin box {100 * mass_in_box(flat, share):.0f}% = {enrichment(flat, share):.1f}×"
     return text.strip()
 
@@ -295,9 +295,10 @@ def draw_panels(rows, title, subtitle, vmax=0.0):
     width = max(columns * size + margin, 4.6)
     # The figure's height is estimated from the lines of text in each row; the layout fits the panels into it.
     height = 0.7
+    pixels = next(panel.picture.shape for _, panels in rows for panel in panels)
     for _, panels in rows:
         lines = most_lines(wrapped(panel.label, size, font) for panel in panels) + most_lines(map(note_of, panels))
-        height += size + 0.1 + lines * 1.25 * font / 72
+        height += size * pixels[0] / pixels[1] + 0.1 + lines * 1.25 * font / 72
     figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="compressed", figsize=(width, height))
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
 
@@ -321,14 +322,14 @@ def draw_panels(rows, title, subtitle, vmax=0.0):
 
 
 def draw_panel(axes, panel, scale, size, font):
-    """One panel: its picture, its map, its boxes, the text above and below. size: of a side, in inches."""
+    """One panel: its picture, its map, its boxes, the text above and below. size: of its width, in inches."""
     axes.set(xticks=[], yticks=[])
     axes.set_title(wrapped(panel.label, size, font), fontsize=font, pad=2.5, loc="center", color=INK,
                    weight="normal", parse_math=False)
     axes.set_xlabel(note_of(panel), fontsize=font - 1, color=QUIET, labelpad=2, linespacing=1.15)
     axes.spines[:].set(visible=True, color=QUIET, linewidth=0.5)
-    pixels = len(panel.picture)
-    extent = (0, pixels, pixels, 0)
+    height, width = panel.picture.shape[:2]
+    extent = (0, width, height, 0)
     if panel.map is None:
         axes.imshow(panel.picture, extent=extent)
     else:
@@ -409,9 +410,10 @@ def band(axes, x, estimates, **style):
 
 # ---- figures of one scene and command; `shot` is what answer() returned ----
 
-def maps_line(side, rest="Mean of all layers and heads."):
-    return f"Colour: how many times more attention than an even spread over {side} × {side} patches. " \
-           f"H: entropy in nats (% of its maximum, {math.log(side * side):.2f}). {rest}"
+def maps_line(grid, rest="Mean of all layers and heads."):
+    rows, columns = grid
+    return f"Colour: how many times more attention than an even spread over {columns} × {rows} patches. " \
+           f"H: entropy in nats (% of its maximum, {math.log(rows * columns):.2f}). {rest}"
 
 
 def in_rows(panels, columns):
@@ -420,13 +422,13 @@ def in_rows(panels, columns):
 
 
 def shot_panel(shot, label, found=None):
-    """The picture of a shot, with a map (side, side) or without, and the boxes of its answer."""
+    """The picture of a shot, with a map (rows, columns) or without, and the boxes of its answer."""
     return Panel(shot.picture, found, label, shot.boxes[-1])
 
 
 def draw_words(shot, layer=None):
     """A map for each word and for the answer: the mean of all layers, or one of them."""
-    layers, heads, _, side, _ = shot.cross.shape
+    layers, heads, _, *grid = shot.cross.shape
     maps = shot.maps
     rest = f"Mean of {layers} layers × {heads} heads."
     vmax = 0.0
@@ -435,13 +437,13 @@ def draw_words(shot, layer=None):
         maps = by_layer[layer]
         rest = f"Layer {layer}, mean of {heads} heads."
         # The frames of an animation share one scale.
-        vmax = side * side * by_layer.max()
+        vmax = math.prod(grid) * by_layer.max()
     names = shot.words + ["answer" if shot.verdict else "description"]
-    panels = [shot_panel(shot, f"picture, {len(shot.picture)} px")]
+    panels = [shot_panel(shot, "picture")]
     panels += [Panel(shot.picture, *entry) for entry in zip(maps, names, shot.boxes)]
     # At most six in a row: with more, the texts below them would run into each other.
     columns = math.ceil(len(panels) / math.ceil(len(panels) / 6))
-    return draw_panels(in_rows(panels, columns), title_of(shot), maps_line(side, rest), vmax)
+    return draw_panels(in_rows(panels, columns), title_of(shot), maps_line(grid, rest), vmax)
 
 
 def draw_layers(shot):
@@ -453,16 +455,17 @@ def draw_heads(shot):
     """The answer's map in every head of every layer."""
     rows = [(f"layer {layer}", [shot_panel(shot, f"head {head}", found) for head, found in enumerate(maps)])
             for layer, maps in enumerate(shot.cross[:, :, -1])]
-    return draw_panels(rows, title_of(shot), maps_line(shot.maps.shape[-1], "All heads, at the answer."))
+    return draw_panels(rows, title_of(shot), maps_line(shot.maps.shape[1:], "All heads, at the answer."))
 
 
 def draw_vision(shot):
     """Self-attention of the encoder from the patch that the answer looked at most: heads, their mean and rollout."""
-    side = shot.maps.shape[-1]
+    grid = shot.maps.shape[1:]
     patch = shot.maps[-1].argmax()
-    row, column = divmod(patch, side)
-    outlined = label_at(*np.array([column, row, column + 1, row + 1]) * len(shot.picture) / side)
-    own = np.eye(side * side)
+    row, column = divmod(patch, grid[1])
+    side = len(shot.picture) / grid[0]                   # of a patch, in pixels
+    outlined = label_at(column * side, row * side, (column + 1) * side, (row + 1) * side)
+    own = np.eye(math.prod(grid))
     flow = own
     rows = []
     for layer, weights in enumerate(shot.vision):
@@ -471,7 +474,7 @@ def draw_vision(shot):
         shown = {f"head {head}": found for head, found in enumerate(weights)}
         shown["mean"] = weights.mean(0)
         shown["rollout to here"] = flow
-        rows.append((f"layer {layer}", [Panel(shot.picture, found[patch].reshape(side, side), name, [outlined])
+        rows.append((f"layer {layer}", [Panel(shot.picture, found[patch].reshape(grid), name, [outlined])
                                         for name, found in shown.items()]))
     return draw_panels(rows, f"What the outlined patch looks at, for: {asked_text(shot)}",
                        "Vision self-attention; the patch is the one that the answer looked at most. Rollout: attention "
@@ -505,7 +508,7 @@ def draw_comparison(pairs):
         answers = [shot_panel(shot, f"{asked_text(shot)}\n{verdict_text(shot)}", shot.maps[-1]) for shot in pair]
         change = Panel(picture, second - first, "second − first", note=note)
         rows.append(("", [Panel(picture, label="picture"), *answers, change]))
-    return draw_panels(rows, "One picture, two commands: where the answer looked", maps_line(len(first)))
+    return draw_panels(rows, "One picture, two commands: where the answer looked", maps_line(first.shape))
 
 
 SCENE = {"words": draw_words, "layers": draw_layers, "heads": draw_heads, "vision": draw_vision, "text": draw_text}
@@ -522,7 +525,7 @@ class Report:
     def __init__(self, cfg):
         self.subject = evaluate.Subject(cfg)
         self.cfg = self.subject.cfg
-        self.side = self.subject.side
+        self.grid = self.subject.grid
         self.seed = self.cfg.seed
         self.meta = prepare.load_meta(self.cfg)
         out = Path(self.cfg.out_dir)
@@ -567,7 +570,7 @@ class Report:
     def panel(self, i, found=None, label=None, boxes=None, note=""):
         """Question i's picture, with a map (P,) or without. label: the question; boxes: of its answer."""
         if found is not None:
-            found = found.reshape(self.side, self.side)
+            found = found.reshape(self.grid)
         boxes = self.boxes(i)[-1] if boxes is None else boxes
         return Panel(self.asked.pixels(i), found, label or self.command(i), boxes, note)
 
@@ -614,7 +617,7 @@ def figure_scene(kind):
 
 def named_in(report, name):
     """{question: (its token `name`, a kind or a place; boxes of what it names)}, for those where that is there."""
-    size = report.cfg.image_size
+    width, height = prepare.size_of(report.cfg)
     found = {}
     for i, question in enumerate(report.asked.questions):
         words = split_words(report.asked.items[i]["command"])
@@ -624,7 +627,7 @@ def named_in(report, name):
             continue
         if name in commands.PLACES:
             third = commands.PLACES.index(name)
-            boxes = [label_at(third * size / 3, 0, (third + 1) * size / 3, size)]
+            boxes = [label_at(third * width / 3, 0, (third + 1) * width / 3, height)]
         else:
             boxes = report.boxes(i)[at[0]]
         if boxes:
@@ -646,7 +649,7 @@ def figure_gallery(report):
         tokens, boxes = zip(*(named[i] for i in chosen))
         looks = report.subject.look(asked.jobs(chosen))
         maps = np.array([maps[:, :, token].mean((0, 1)) for token, (_, maps) in zip(tokens, looks)])
-        covers = np.array([cover(labels, report.cfg.image_size, report.side) for labels in boxes])
+        covers = np.array([cover(labels, prepare.size_of(report.cfg), report.grid) for labels in boxes])
         text = f"“{name}”\nn={len(chosen)}\npoints {100 * pointing(maps, covers).mean():.0f}%\n(chance " \
                f"{100 * (covers > 0).mean():.0f}%)\nenriched {np.median(enrichment(maps, covers)):.1f}×"
         examples = report.rng().permutation(len(chosen))[:columns]
@@ -654,7 +657,7 @@ def figure_gallery(report):
     if not rows:
         return None
     title = "Where one word looks, scene after scene"
-    return draw_panels(rows, title, maps_line(report.side)), dict(columns=columns)
+    return draw_panels(rows, title, maps_line(report.grid)), dict(columns=columns)
 
 
 def figure_comparison(report):
@@ -688,7 +691,7 @@ def figure_twins(report):
         # Drawn anew from the edited scene: all pixels that the edit does not touch stay the same.
         spec = prepare.apply_edit(asked.spec(i), edit)
         frame = prepare.scene_frame(spec, report.cfg)
-        twin = answer(report.subject, prepare.draw_scene(spec, report.cfg.image_size), command)
+        twin = answer(report.subject, prepare.draw_scene(spec, prepare.size_of(report.cfg)), command)
         twin = twin._replace(boxes=named_boxes(frame, View(frame, report.cfg), asked.questions[i], command))
         shot = report.shot(i)
         truth = asked.truth[i]
@@ -698,7 +701,7 @@ def figure_twins(report):
             shot_panel(twin, f"twin: {edit['kind']}"),
             shot_panel(twin, f"{verdict_text(twin)}\ntruth {yes_no(not truth)}", twin.maps[-1])]))
     both = report.page["twins"]["both_right"]
-    figure = draw_panels(rows, "Twins: one edit flips the truth", maps_line(report.side))
+    figure = draw_panels(rows, "Twins: one edit flips the truth", maps_line(report.grid))
     return figure, dict(shown=len(rows), all=len(edits), both=text_of(both, "%"), n=both["n"])
 
 
@@ -712,7 +715,7 @@ def figure_failures(report):
         return None
     missed = [where[k] for k in denied]
     maps = report.stored["failure_maps"][denied].mean((1, 2), np.float64)
-    covers = np.array([asked.cover(i, asked.questions[i].evidence(asked.view(i)), report.side) for i in missed])
+    covers = np.array([asked.cover(i, asked.questions[i].evidence(asked.view(i)), report.grid) for i in missed])
     # A map is diffuse where it is more spread than nine of ten answers' maps.
     usual = np.percentile(entropy(report.stored["answer_maps"].astype(np.float64)), 90)
     diffuse = entropy(maps) > usual
@@ -723,7 +726,7 @@ def figure_failures(report):
         text = f"{name}\nn={mine.sum()}\n{100 * mine.mean():.0f}%"
         chosen = report.rng().permutation(np.flatnonzero(mine))[:COLUMNS]
         rows.append((text, [report.panel(missed[k], maps[k]) for k in chosen]))
-    figure = draw_panels(rows, "Objects that were there and were denied", maps_line(report.side))
+    figure = draw_panels(rows, "Objects that were there and were denied", maps_line(report.grid))
     return figure, dict(n=len(missed), stored=len(where), usual=usual, chance=100 * (covers > 0).mean())
 
 
@@ -867,7 +870,7 @@ def figure_grounding(report):
         axis.set(title=f"{name}, n={rows['model']['n']}", xlim=(0, 110), xlabel="largest patch touches a box, %")
     axes[0, 1].set_yticklabels([])
     # The numbers of patches double from step to step: the first few matter most.
-    patches = [round(report.side ** 2 * share) for share in probe["share_of_patches"]]
+    patches = [round(math.prod(report.grid) * share) for share in probe["share_of_patches"]]
     for axis, name, done in zip(axes[1], ("deletion", "insertion"), ("taken away", "shown")):
         axis.plot(probe[name]["random_curve"], "o-", color=SERIES[3], label="random order")
         axis.plot(probe[name]["curve"], "o-", color=SERIES[0], label="by attention")
@@ -954,7 +957,7 @@ def draw_column(axes, x, parts):
 def figure_architecture(report):
     model = report.subject.model
     cfg = report.cfg
-    side = report.side
+    rows, columns = report.grid
 
     def count(*modules):
         return f"{sum(p.numel() for module in modules for p in module.parameters()):,} parameters"
@@ -968,9 +971,9 @@ def figure_architecture(report):
     axes = figure.add_subplot(xlim=(0, 102), ylim=(0, 58))
     axes.axis("off")
     keys, tall = draw_column(axes, 1, (
-        ("picture", f"3 × {cfg.image_size} × {cfg.image_size}", "white"),
+        ("picture", f"3 × {cfg.image_height} × {cfg.image_width}", "white"),
         (f"stem ({cfg.stem})", f"{stem}\n{count(model.vision.stem)}", sky),
-        (f"+ {cfg.vision_positions} 2D positions", f"{side} × {side} patches, width {cfg.vision_dim}", sky),
+        (f"+ {cfg.vision_positions} 2D positions", f"{columns} × {rows} patches, width {cfg.vision_dim}", sky),
         (f"encoder block × {cfg.vision_layers}", f"LayerNorm, attention ({cfg.vision_heads} heads), +\n"
          f"LayerNorm, MLP {cfg.vision_ffn_dim} (GELU), +\n{count(*model.vision.blocks, model.vision.norm)}", sky),
         ("projection", f"linear {cfg.vision_dim} → {cfg.text_dim}, RMSNorm\n{count(model.projection)}", mint)))
@@ -1223,13 +1226,14 @@ PAGE = HEAD + """<p id="said" aria-live="polite"></p>
 <p><label>Word <select id="word" size="8"></select></label> <label>Layer <select id="layer" size="8"></select></label>
 <label>Head <select id="head" size="8"></select></label></p>
 <p><img id="picture" alt="the picture" style="width: 20rem; max-width: 100%">
-<canvas id="map" width="640" height="640" role="img" style="width: 30rem; max-width: 100%"></canvas></p>
+<canvas id="map" role="img" style="width: 30rem; max-width: 100%"></canvas></p>
 <p id="bar" style="max-width: 30rem; padding: .2rem">≤ 1×
 <span id="top" style="float: right; color: white"></span></p>
 <script>
 "use strict";
 const D = @DATA@;
-const P = D.side * D.side, W = 640, cell = W / D.side;
+const [rows, columns] = D.grid, P = rows * columns, W = 640, cell = W / columns, scale = W / D.size[0],
+  H = scale * D.size[1];
 const byId = id => document.getElementById(id), chosen = id => +byId(id).value;
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)), colours = bytes(D.colours);
 
@@ -1251,20 +1255,20 @@ function draw() {
   const g = byId("map").getContext("2d");
   byId("said").textContent = `The model says ${c.said}: ${c.reason}. The truth is ${c.truth}.`;
   byId("map").ariaLabel = `where "${c.words[word]}" looks`;
-  g.drawImage(byId("picture"), 0, 0, W, W);
+  g.drawImage(byId("picture"), 0, 0, W, H);
   for (const [mode, colour] of [["saturation", "#888"], ["source-over", "#dddddda0"]]) {   // grey and pale
     Object.assign(g, {globalCompositeOperation: mode, fillStyle: colour});
-    g.fillRect(0, 0, W, W);
+    g.fillRect(0, 0, W, H);
   }
   mapOf(c, word).forEach((x, p) => {
     if (x <= 1) return;
     g.fillStyle = rgba(Math.min(255, Math.round(255 * Math.log(x) / Math.log(D.top))));
-    g.fillRect(p % D.side * cell, Math.floor(p / D.side) * cell, cell, cell);
+    g.fillRect(p % columns * cell, Math.floor(p / columns) * cell, cell, cell);
   });
   for (const [x1, y1, x2, y2] of c.boxes[word])
     for (const [line, colour] of [[7, "#fff"], [3.5, "#00735a"]]) {
       Object.assign(g, {lineWidth: line, strokeStyle: colour});
-      g.strokeRect(x1 * W, y1 * W, (x2 - x1) * W, (y2 - y1) * W);
+      g.strokeRect(x1 * scale, y1 * scale, (x2 - x1) * scale, (y2 - y1) * scale);
     }
 }
 function ask() {
@@ -1279,6 +1283,7 @@ function show() {
 }
 const rgba = i => `rgba(${colours[4 * i]}, ${colours[4 * i + 1]}, ${colours[4 * i + 2]}, ${colours[4 * i + 3] / 255})`;
 byId("bar").style.background = `linear-gradient(to right, ${[0, 64, 128, 192, 255].map(rgba)}), #c7c7c7`;
+Object.assign(byId("map"), {width: W, height: H});
 byId("top").textContent = `≥ ${D.top}×`;
 for (const scene of D.scenes) for (const c of scene.commands) c.maps = bytes(c.maps);
 for (const [id, change] of [["scene", show], ["command", ask], ["word", draw], ["layer", draw], ["head", draw]])
@@ -1313,15 +1318,15 @@ def make_page(cfg):
         entries = []
         for i in questions[:EACH]:
             shot = report.shot(i)
-            boxes = [[[x / cfg.image_size for x in corners(label)] for label in labels] for labels in shot.boxes]
+            boxes = [[corners(label) for label in labels] for labels in shot.boxes]
             entries.append(dict(text=asked_text(shot), words=shot.words + ["answer"], said=verdict_text(shot),
                                 truth=yes_no(asked.truth[i]), reason=tidy(shot.reason), boxes=boxes,
                                 maps=packed(np.sqrt(shot.cross))))
         scenes.append(dict(name=asked.frame(i)["name"], commands=entries,
                            image=web_picture(Image.fromarray(asked.pixels(i)))))
     # Upper end of the scale: a head rarely looks at fewer than four patches.
-    top = report.side ** 2 / 4
-    data = dict(scenes=scenes, side=report.side, layers=cfg.text_layers, heads=cfg.text_heads, top=top,
+    top = math.prod(report.grid) / 4
+    data = dict(scenes=scenes, grid=report.grid, size=prepare.size_of(cfg), layers=cfg.text_layers, heads=cfg.text_heads, top=top,
                 colours=packed(OVERLAY.colors))
     about = "Choose a scene, a command, and one of its words. Then choose a layer and a head, or the average of all. " \
             "Colour: how many times more attention than an even spread. Boxes show what the word names. " \
@@ -1347,7 +1352,7 @@ def answer_picture(cfg):
     for word, close in subject.tokenizer.unknown(" ".join(asked)):
         near = f"; the nearest it knows is '{close}'" if close else ""
         print(f"warning: the model does not know the word '{word}'{near}", file=sys.stderr)
-    picture = np.asarray(prepare.load_picture(cfg.image, cfg.image_size))
+    picture = np.asarray(prepare.load_picture(cfg.image, prepare.size_of(cfg)))
     shots = [answer(subject, picture, text) for text in asked]
     for shot in shots:
         print(f"{verdict_text(shot)}\n{tidy(shot.reason)}")
