@@ -639,13 +639,13 @@ def attack(subject, pictures, prompts, truth, size, steps):
     model = subject.model
     tokens, segment = (rows.to(subject.device) for rows in as_rows([[ids] for ids in prompts]))
     # The odds of YES should fall where YES is right, and rise where NO is.
-    wrong = torch.tensor(1.0 - 2 * truth, device=subject.device)
+    wrong = torch.tensor(np.float32(1.0 - 2 * truth), device=subject.device)
     lowest = np.maximum(pictures - float(size), 0)
     highest = np.minimum(pictures + float(size), 255)
     step = size if steps == 1 else 2.5 * size / steps
     changed = pictures
     for _ in range(steps):
-        images = subject.images(changed).requires_grad_(True)
+        images = subject.images(np.float32(changed)).requires_grad_(True)
         odds = model.odds(model.encode(images), tokens, segment)
         gradient, = torch.autograd.grad((wrong * odds).sum(), images)
         # Normalising only scales and shifts a pixel, so that the sign is that of the pixel's own gradient.
@@ -897,8 +897,7 @@ def bench(cfg):
     data = Data(cfg, prepare.ready(cfg), "train")
     run = Run(cfg, data, pick_device(cfg))
     updates = {"see": train.see_updates(cfg), "read": train.all_updates(cfg) - train.see_updates(cfg)}
-    batches = train.prefetched(lambda i: data.micro_batches(i, 0, cfg.batch_size), 0,
-                               2 * TURNS * (cfg.prefetch + UPDATES), cfg.prefetch)
+    batches = run.batches(0, 2 * TURNS * (cfg.prefetch + UPDATES), 0, cfg.batch_size)
     seconds = {stage: [] for stage, count in updates.items() if count}
     peak = 0.0
     # In turns, so that a busy moment of the machine slows all alike.

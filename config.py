@@ -20,11 +20,12 @@ from types import SimpleNamespace
 
 # ---- run: where and how a script runs; a resumed run may change these ----
 preset = "default"            # group of settings to start from: default (2 CPU cores, minutes) or base (one GPU)
-device = "auto"               # auto, cpu, cuda, cuda:1, mps
+device = "auto"               # auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, mps
 dtype = "auto"                # auto, float32, bfloat16, float16; auto prints what it chose and why
 attention = "auto"            # how attention is computed: auto (by hand in bfloat16 on a CPU, else fast), hand or fast
 workers = 0                   # processes that draw or decode pictures; 0 = one for each core
-prefetch = 2                  # batches that a thread prepares ahead
+compile = False               # train.py: fuse operations with torch.compile; wants a GPU and a C compiler
+prefetch = 2                  # batches that a thread, or four with a GPU, prepare ahead
 out_dir = "out/default"       # folder of this run's checkpoints, log and results
 data_dir = "data"             # folder of the pictures and commands that prepare.py writes
 max_bad_share = 0.2           # prepare.py stops when a larger share of the frames, or of the labels, is broken
@@ -156,7 +157,7 @@ PRESETS = {
     "base": dict(image_width=288, image_height=176, patch_size=16, stem_width=64, min_pixels=12.0, vision_dim=384,
                  vision_layers=8, vision_heads=6, vision_ffn_dim=1536, text_dim=384, text_layers=6, text_head_dim=64,
                  text_ffn_dim=1024, batch_size=64, lr=1e-3, lr_projection=5e-4, lr_vision=5e-4, see_pictures=160_000,
-                 read_pictures=224_000, warmup_pictures=6_400, eval_every=32_000, out_dir="out/base",
+                 read_pictures=224_000, warmup_pictures=6_400, eval_every=64_000, prefetch=4, out_dir="out/base",
                  data_dir="data_base"),
     # python ablate.py: a run takes a minute or two on one core, so that many fit; scenes hold at most four objects.
     "ablation": dict(image_width=80, image_height=48, patch_size=8, stem_width=16, min_pixels=6.0, max_complexity=4, num_scenes=24000,
@@ -195,7 +196,7 @@ KINDS = (
         max_bad_share min_visible place_margin maybe_share block_share min_lr flip"""),
     ("a number from 0 to below 1", float, 0, 1 - 1e-9, "dropout beta1 beta2 crop jitter label_smoothing"),
     ("True or False", bool, None, None, """
-        keep_undefined val_is_test tensorboard resume bench lr_range robustness page"""),
+        keep_undefined val_is_test tensorboard resume compile bench lr_range robustness page"""),
     ("a text", str, None, None, """
         preset device dtype attention out_dir data_dir source bdd_dir weather timeofday scene stem vision_positions ffn
         schedule init_from checkpoint split against image command command2 variants export"""),
@@ -377,6 +378,13 @@ def run(main, doc, preset=None):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not re.search("out of memory|(can't|[Uu]nable to) allocate", text):
+            raise
+        print(f"error: the memory is full: to train, halve --batch_size and double --grad_accum, which learns the same;"
+              f" to evaluate, halve --eval_batch ({text.splitlines()[0][:120]})", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(cfg):

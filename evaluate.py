@@ -286,8 +286,8 @@ class Subject:
 
     def images(self, pictures):
         """uint8 pictures (B, h, w, 3) as the model wants them: normalised (B, 3, h, w)."""
-        normalised = train.normalise(pictures, self.state["mean"], self.state["std"])
-        return torch.from_numpy(normalised).to(self.device)
+        channels = train.channels(self.state["mean"], self.state["std"])
+        return train.normalise(torch.tensor(pictures).to(self.device), *channels)
 
     def batches(self, jobs, size):
         """Jobs in batches: yields (normalised pictures (B, 3, h, w), B lists of prompts)."""

@@ -495,6 +495,11 @@ class VLM(nn.Module):
             # As large as the patches: "on the left" is asked from the first step on.
             nn.init.normal_(self.vision.positions, std=0.5)
 
+    @property
+    def device(self):
+        """Where its weights are."""
+        return self.decoder.embedding.weight.device
+
     def encode(self, images, collect=None):
         """Normalised pictures (B, 3, h, w) to projected patches (B, P, D)."""
         return self.projection(self.vision(images, collect=collect))
@@ -509,8 +514,9 @@ class VLM(nn.Module):
         """images (B, 3, h, w), tokens and segment (B, L): logits (B, L, V), or with targets the loss.
 
         segment: see `row_mask`; without it a row is one command. targets (B, L): IGNORE where there is nothing to
-        learn; loss_fn(logits (M, V), targets (M,)) sees the rest. return_attn: also return {"vision": (layers, B, H, P,
-        P), "self": (layers, B, H, L, L), "cross": (layers, B, H, L, P)}: attention weights, with their gradients.
+        learn; loss_fn(logits (M, V), targets (M,)) sees the rest, and these too on a GPU. return_attn: also return
+        {"vision": (layers, B, H, P, P), "self": (layers, B, H, L, L), "cross": (layers, B, H, L, P)}: attention
+        weights, with their gradients.
         """
         if segment is None:
             segment = (tokens != PAD).long()
@@ -526,9 +532,14 @@ class VLM(nn.Module):
         hidden = self.decoder(tokens, segment, vision, attn=attn)                 # (B, L, D)
         if targets is None:
             return self.decoder.logits(hidden)
-        # Most targets are padding or command: leave them out before the widest matmul of the decoder.
-        learned = targets >= 0
-        return loss_fn(self.decoder.logits(hidden[learned]), targets[learned])
+        hidden = hidden.flatten(0, 1)
+        targets = targets.flatten()
+        if hidden.device.type == "cpu":
+            # Many targets are padding or command. A GPU would have to be waited for until their number is known.
+            learned = targets >= 0
+            hidden = hidden[learned]
+            targets = targets[learned]
+        return loss_fn(self.decoder.logits(hidden), targets)
 
     def odds(self, vision, tokens, segment, attn=None):
         """Log-odds of YES against NO after the last word of each command, in the order of the rows: (n,).
@@ -542,10 +553,9 @@ class VLM(nn.Module):
     @torch.no_grad()
     def ask(self, images, prompts, dtype):
         """`odds` of prompts, lists of ids, a list of them for each of the pictures (B, 3, h, w): numpy float32 (n,)."""
-        device = self.decoder.embedding.weight.device
-        tokens, segment = (rows.to(device) for rows in as_rows(prompts))
-        with autocast(dtype, device):
-            odds = self.odds(self.encode(images.to(device)), tokens, segment)
+        tokens, segment = (rows.to(self.device) for rows in as_rows(prompts))
+        with autocast(dtype, self.device):
+            odds = self.odds(self.encode(images.to(self.device)), tokens, segment)
         return odds.cpu().numpy()
 
     def contrastive_loss(self, vision, tokens, segment):
@@ -554,10 +564,10 @@ class VLM(nn.Module):
         A text is the longest command of its row (B, L), at its last word; a picture is the mean of its patches.
         """
         # The longest says most. A text that saw its picture would match it with any words: so no cross-attention here.
-        numbers = torch.arange(1, int(segment.max()) + 1, device=segment.device)
+        numbers = torch.arange(1, segment.shape[1] + 1, device=segment.device)
         longest = 1 + (segment[:, :, None] == numbers).sum(1).argmax(1)           # (B,)
-        last = ends(segment) & (segment == longest[:, None])
-        text = self.decoder(tokens, segment)[last]                                # (B, D)
+        last = (ends(segment) & (segment == longest[:, None])).int().argmax(1)    # (B,)
+        text = self.decoder(tokens, segment)[torch.arange(len(last), device=last.device), last]      # (B, D)
         image = F.normalize(vision.mean(1).float(), dim=-1)
         logits = self.contrast["log_scale"].exp() * image @ F.normalize(text.float(), dim=-1).T + self.contrast["bias"]
         sign = 2 * torch.eye(len(logits), device=logits.device) - 1               # 1 for pairs, else -1
@@ -619,8 +629,8 @@ class VLM(nn.Module):
             logits = self.decoder.logits(hidden)                                  # (N*beam, V)
             logits[:, PAD] = float("-inf")                                        # padding is nothing to say ...
             score = logits.log_softmax(-1)
-            score[done] = float("-inf")                                           # ... but all that follows the end
-            score[done, PAD] = 0.0
+            score.masked_fill_(done[:, None], float("-inf"))
+            score[:, PAD].masked_fill_(done, 0.0)                                 # ... but all that follows the end
             vocab = score.shape[-1]
             length = length + ~done
             score = (total.view(-1, 1) + score).view(N, -1)                       # (N, beam*V)
@@ -644,16 +654,23 @@ class VLM(nn.Module):
 # ---- device, precision and statistics ----
 
 def pick_device(cfg):
-    """The torch.device of cfg.device, auto being cuda, then mps, then cpu. UserError if the wished one is not there."""
+    """The torch.device of cfg.device, auto being cuda, else cpu. UserError if the wished one is not there.
+
+    With cuda:1 the GPU number 1 becomes the one that torch means wherever none is named.
+    """
     found = [name for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if backend.is_available()]
     found.append("cpu")
     try:
-        device = torch.device(found[0] if cfg.device == "auto" else cfg.device)
+        # On mps some of the operations of the decoder are slow, or missing from older versions of torch.
+        auto = "cuda" if "cuda" in found else "cpu"
+        device = torch.device(auto if cfg.device == "auto" else cfg.device)
         there = device.type in found and (device.index or 0) < max(torch.cuda.device_count(), 1)
     except RuntimeError:
         there = False
     if not there:
         raise config.UserError(f"device '{cfg.device}' is not there; found here: {', '.join(found)}")
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -695,11 +712,10 @@ def forward_flops(model, length):
 
     With length 0 the picture is only encoded.
     """
-    device = model.decoder.embedding.weight.device
-    image = torch.zeros(1, 3, *model.vision.size, device=device)
+    image = torch.zeros(1, 3, *model.vision.size, device=model.device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         if length:
-            segment = 1 + torch.arange(length, device=device)[None] // 8          # commands of eight words
+            segment = 1 + torch.arange(length, device=model.device)[None] // 8          # commands of eight words
             model(image, torch.ones_like(segment), segment)
         else:
             model.encode(image)

@@ -29,6 +29,7 @@ import shlex
 import shutil
 import struct
 import sys
+import threading
 import time
 import zlib
 from array import array
@@ -1370,14 +1371,17 @@ class Frames:
 
     def __init__(self, path):
         self.file = open(path, "rb")
+        self.lock = threading.Lock()                        # threads that make batches share the file
         self.starts = np.cumsum([0] + [len(line) for line in self.file])[:-1]
 
     def __len__(self):
         return len(self.starts)
 
     def __getitem__(self, i):
-        self.file.seek(self.starts[i])
-        return json.loads(self.file.readline())
+        with self.lock:
+            self.file.seek(self.starts[i])
+            line = self.file.readline()
+        return json.loads(line)
 
 
 def prepare(cfg):

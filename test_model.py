@@ -28,6 +28,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
 
 import ablate
 import commands
@@ -648,10 +650,32 @@ def test_bfloat16_autocast(attention):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_pick_device():
+def test_pick_device(monkeypatch):
     assert model_file.pick_device(changed(DEFAULTS, device="cpu")) == torch.device("cpu")
     for wish in ("cuda:99", "mps:7", "toaster"):
         refuses(lambda: model_file.pick_device(changed(DEFAULTS, device=wish)), wish)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for gpus, mps, wish, picked in ((0, True, "auto", "cpu"), (0, True, "mps", "mps"), (2, False, "auto", "cuda"),
+                                    (2, False, "cuda:1", "cuda:1")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        assert str(model_file.pick_device(changed(DEFAULTS, device=wish))) == picked
+    assert list(map(str, current)) == ["cuda:1"], "what names no GPU means this one"
+
+
+@pytest.mark.parametrize("device, dtype, units, picked", [
+    ("cuda", "auto", (7, 0), "float16"), ("cuda", "auto", (7, 5), "float16"), ("cuda", "auto", (8, 0), "bfloat16"),
+    ("cuda", "auto", (9, 0), "bfloat16"), ("cuda", "bfloat16", (7, 5), "bfloat16"), ("mps", "auto", None, "float32"),
+    ("cpu", "auto", "fpu avx2", "float32"), ("cpu", "auto", "avx512_bf16", "bfloat16"), ("cpu", "auto", "", "float32")])
+def test_pick_dtype_by_what_the_device_computes(tmp_path, monkeypatch, device, dtype, units, picked):
+    flags = tmp_path / "cpuinfo"
+    if units:
+        flags.write_text(str(units))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: units)
+    monkeypatch.setattr(model_file, "Path", lambda name: flags)
+    assert str(model_file.pick_dtype(changed(DEFAULTS, dtype=dtype), torch.device(device))[0]) == f"torch.{picked}"
 
 
 # ---- model: parity with Hugging Face, where transformers is installed ----
@@ -743,6 +767,21 @@ def test_random_arguments_are_read_or_refused_in_one_line():
         text = rng.choice(odd) if rng.random() < 0.7 else "".join(chr(rng.randrange(1, 0xd800)) for _ in range(9))
         cases.append([f"--{rng.choice(names)}={text}" if rng.random() < 0.9 else text for _ in range(2)])
     assert 100 < fuzz(cases, config.from_args) < 300
+
+
+@pytest.mark.parametrize("error, helps", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\nmore"), True),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)."), True), (RuntimeError("no kernel"), False),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+    (MemoryError("Unable to allocate 8.00 TiB for an array"), True)])
+def test_no_memory_is_one_line_that_says_what_to_halve(error, helps, monkeypatch, capsys):
+    def fail(cfg):
+        raise error
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit if helps else type(error)) as end:
+        config.run(fail, "")
+    said = capsys.readouterr().err
+    assert not helps or end.value.code == 2 and said.count("\n") == 1 and "halve --batch_size" in said
 
 
 def test_a_preset_comes_first_then_the_overrides(capsys):
@@ -1440,7 +1479,7 @@ def test_a_batch_depends_on_its_position_only(drawn):
     whole, halves = vars(one.batch(start, 8)), [vars(two.batch(place, 4)) for place in (start + 4, start)]
     assert same(whole, {name: torch.cat([half[name] for half in halves[::-1]]) for name in whole})
     other = train.Data(changed(drawn.cfg, seed=1), drawn.meta, "train").batch(start, 8)
-    assert not torch.equal(whole["images"], other.images) and not torch.equal(whole["tokens"], other.tokens)
+    assert not torch.equal(whole["pictures"], other.pictures) and not torch.equal(whole["tokens"], other.tokens)
 
 
 def test_every_pass_shows_each_picture_once_in_another_order_with_other_commands(drawn):
@@ -1530,9 +1569,22 @@ def test_jitter_leaves_a_lamp_its_colour(drawn):
 
 
 def test_prefetching_keeps_order_and_passes_errors_on():
-    assert list(train.prefetched(lambda i: i * i, 3, 9, 2)) == [9, 16, 25, 36, 49, 64]
+    for threads in (1, 3):
+        assert list(train.prefetched(lambda i: i * i, 3, 9, 2, threads)) == [9, 16, 25, 36, 49, 64]
     with pytest.raises(ZeroDivisionError):
         list(train.prefetched(lambda i: 1 / (i - 2), 0, 5, 2))
+
+
+def test_threads_read_the_frames_of_one_file(tmp_path):
+    path, interval = tmp_path / "frames.jsonl", sys.getswitchinterval()
+    path.write_text("".join(f"[{i}]\n" for i in range(40)))
+    frames = prepare.Frames(path)
+    try:
+        sys.setswitchinterval(1e-6)
+        found = list(train.prefetched(lambda i: [frame for frame, in frames], 0, 40, 8, 8))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [list(range(40))] * 40
 
 
 def test_other_missing_or_broken_data_are_refused_with_the_command_that_makes_them(drawn, tmp_path):
@@ -1986,6 +2038,260 @@ def test_two_processes_go_on_as_one_would(tmp_path, monkeypatch):
     assert json.loads((Path(two.out_dir) / "train.json").read_text())["test_accuracy"] == alone["test_accuracy"]
 
 
+# ---- another device, without one ----
+THERE = torch.device("meta")
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it lies on another device, computed on the CPU as `held`."""
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), dtype=held.dtype,
+                                                   storage_offset=held.storage_offset(), device=THERE)
+
+    def __init__(self, held):
+        self.held = held
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError("a tensor of another device: .cpu() first")
+    __array__ = numpy
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        return Pretence.run(op, args, kwargs or {})
+
+
+class Pretence(TorchDispatchMode):
+    """Within it THERE is a device like CUDA, which refuses to mix with the CPU; counts waits for it, and bytes to it.
+
+    It waits wherever a result's shape or the program hangs on numbers, and for each copy that is not non_blocking.
+    """
+
+    def __enter__(self):
+        Pretence.waits, Pretence.sent = Counter(), 0
+        # torch.tensor with a list makes a real "meta" tensor, without numbers.
+        self.tensor = torch.tensor
+        torch.tensor = lambda data, device="cpu", **more: self.tensor(data, **more).to(device)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        torch._C._set_only_lift_cpu_tensors(True)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.tensor = self.tensor
+        torch._C._set_only_lift_cpu_tensors(False)
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return Pretence.run(op, args, kwargs or {})
+
+    @staticmethod
+    def run(op, args, kwargs):
+        name = op.overloadpacket.__name__
+        given = [tensor for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)]
+        here = [tensor for tensor in given if not isinstance(tensor, Elsewhere)]
+        leaves = len(here) == len(given)
+        target = torch.device(kwargs.get("device") or ("cpu" if leaves else THERE))
+        if leaves and target.type == "cpu":
+            return op(*args, **kwargs)
+        moves = name in ("_to_copy", "copy_")
+        free = moves or name.startswith("new_") or name.endswith("_like")
+        if not free and any(tensor.dim() for tensor in here):
+            raise RuntimeError(f"{op}: tensors of two devices, of shapes {[tuple(tensor.shape) for tensor in given]}")
+        masks = "index" in name and any(tensor.dtype == torch.bool for tensor in given[1:])
+        back = moves and target.type == "cpu" and len(here) < len(given)
+        sends = moves and here and target.type != "cpu"
+        if masks or back or name in ("_local_scalar_dense", "nonzero", "equal") or (
+                sends and not kwargs.get("non_blocking")):
+            Pretence.waits[name] += 1
+        if sends:
+            Pretence.sent += sum(tensor.nbytes for tensor in here)
+        held = [tree_map(lambda x: x.held if isinstance(x, Elsewhere) else x, each) for each in (args, kwargs)]
+        if "device" in kwargs:
+            held[1]["device"] = torch.device("cpu")
+        result = op(*held[0], **held[1])
+        if target.type == "cpu":
+            return result
+        result = tree_map(lambda x: Elsewhere(x) if type(x) is torch.Tensor else x, result)
+        return return_and_correct_aliasing(op, args, kwargs, result)
+
+
+def updates_on(cfg, device, count=2):
+    """The run, losses and norms of updates of both stages there; bytes and waits are counted of the last."""
+    data = train.Data(cfg, prepare.load_meta(cfg), "train")
+    torch.manual_seed(0)
+    run, found = train.Run(cfg, data, device), []
+    for i in range(2 * count):
+        micros = data.micro_batches(i, 0, cfg.batch_size)
+        total = train.total_weight(micros, cfg)
+        Pretence.waits, Pretence.sent = Counter(), 0
+        found.append(run.update(micros, total, i >= count, train.Clock(torch.device("cpu")))[:2])
+    return run, found
+
+
+@pytest.mark.parametrize("change", [{}, dict(
+    attention="hand", focal_gamma=1.0, yes_weight=1.5, entropy_weight=0.1, contrast_weight=0.1, dropout=0.1)])
+def test_another_device_is_sent_bytes_and_waited_for_once_an_update(tmp_path, change):
+    cfg = made_up(tmp_path, grad_accum=2, **change)
+    with Pretence():
+        there, found = updates_on(cfg, THERE)
+        micros = there.data.micro_batches(0, 0, cfg.batch_size)
+        assert sum(Pretence.waits.values()) == 1, Pretence.waits
+        assert Pretence.sent == sum(tensor.nbytes for micro in micros for tensor in vars(micro).values())
+        assert {p.device for p in there.model.parameters()} == {THERE}
+    here, wanted = updates_on(cfg, torch.device("cpu"))
+    np.testing.assert_allclose(found, wanted, rtol=2e-5)
+    assert micros[0].pictures.nbytes * 4 == micros[0].images.nbytes
+
+
+def test_another_device_answers_and_looks_as_the_cpu(subject, tested, drawn, monkeypatch):
+    shown, prompts, truth = np.stack([tested.pixels(i) for i in range(5)]), tested.prompts[:5], tested.truth[:5]
+
+    def all_of(asked):
+        """What every way of asking the model returns, on the device where it is."""
+        val = train.Data(asked.cfg, drawn.meta, "val")
+        prompt = torch.tensor(tokenizer.pad(prompts, left=True)).to(asked.device)
+        vision = asked.model.encode(asked.images(shown))
+        shot = visualize.answer(asked, shown[0], "is there a car?")
+        odds, maps = zip(*asked.look(zip(shown, [[ids] for ids in prompts])))
+        changed = ablate.attack(asked, shown, prompts, truth, 8, 2)
+        return (train.predict(asked.model, val, asked.cfg, torch.float32)[1],
+                asked.model.generate(vision, prompt, 6, beam=2).tolist(),
+                asked.model.generate(vision, prompt, 6, use_cache=False).tolist(),
+                asked.say(zip(shown, [[ids] for ids in prompts])), (shot.verdict, shot.reason), shot.probability,
+                shot.cross, np.array(odds), np.concatenate(maps, 2), changed.mean((1, 2, 3)))
+    wanted = all_of(subject)
+    monkeypatch.setattr(train, "pick_device", lambda cfg: THERE)
+    with Pretence():
+        there = evaluate.Subject(subject.cfg)
+        assert there.model.device == THERE
+        found = all_of(there)
+    for one, other in zip(found, wanted, strict=True):
+        if isinstance(one, (np.ndarray, float)):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+        else:
+            assert one == other
+
+
+def test_the_pretended_device_sees_what_a_real_one_would_refuse(monkeypatch):
+    """Three faults, each of which nothing on a CPU would show."""
+    model, images, tokens = tiny(), pictures(2), words(2, 6)
+    with Pretence():
+        model.to(THERE)
+        images, tokens = images.to(THERE), tokens.to(THERE)
+        model(images, tokens)
+        with pytest.raises(TypeError, match="cpu"):
+            model(images, tokens).detach().numpy()
+        model.decoder.cos = model.decoder.cos.cpu()
+        with pytest.raises(RuntimeError, match="two devices"):
+            model(images, tokens)
+        model.to(THERE)
+        monkeypatch.setattr(model_file, "row_mask", lambda segment, queries: torch.zeros(2, 1, 6, 6))
+        with pytest.raises(RuntimeError, match="two devices"):
+            model(images, tokens)
+        Pretence.waits.clear()
+        tokens[tokens > 5]
+        assert sum(Pretence.waits.values()) == 1
+
+
+# ---- a GPU, where there is one: python -m pytest test_model.py -k cuda ----
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@cuda
+@pytest.mark.parametrize("dtype, rtol", [("float32", 1e-2), ("bfloat16", 5e-2), ("float16", 2e-2)])
+@pytest.mark.parametrize("change", [{}, dict(attention="hand", grad_accum=2), dict(compile=True)])
+def test_cuda_learns_what_the_cpu_learns_and_resumes(tmp_path, dtype, rtol, change):
+    shape = dict(see_pictures=16, read_pictures=24, log_every=4, **change)
+    cfg = made_up(tmp_path / "cpu", **{**shape, "compile": False})
+    train.train(cfg)
+    there = made_up(tmp_path / "gpu", **shape, device="cuda", dtype=dtype)
+    train.train(there)
+    wanted, found = log_losses(cfg.out_dir), log_losses(there.out_dir)
+    assert list(found) == list(wanted)
+    assert list(found.values()) == pytest.approx(list(wanted.values()), rel=rtol)
+    longer = changed(there, read_pictures=32, resume=True)
+    assert math.isfinite(train.train(longer)["test_accuracy"]) and max(log_losses(there.out_dir)) > max(found)
+
+
+@cuda
+def test_cuda_waits_at_most_twice_an_update(tmp_path):
+    cfg = made_up(tmp_path, device="cuda", dtype="bfloat16")
+    run, _ = updates_on(cfg, GPU)
+    micros = next(run.batches(0, 1, 0, cfg.batch_size))
+    assert all(tensor.is_pinned() for tensor in vars(micros[0]).values())
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        run.update(micros, train.total_weight(micros, cfg), True, train.Clock(GPU))
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchroniz" in str(w.message)]) <= 2, [str(w.message) for w in waits]
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_answers_by_either_attention_with_and_without_a_cache(dtype):
+    tokens, segment = as_rows([texts(4, 7, 5), texts(2, 6, 3)])
+    wanted = tiny()(pictures(2), tokens, segment)[segment > 0]
+    said = []
+    for attention in ("hand", "fast"):
+        model = tiny(attention=attention).to(GPU)
+        with torch.no_grad(), model_file.autocast(dtype, GPU):
+            logits = model(pictures(2).to(GPU), tokens.to(GPU), segment.to(GPU)).cpu()[segment > 0]
+            assert (logits - wanted).abs().max() < 0.1 * wanted.std()
+        vision, prompt = model.encode(pictures(2).to(GPU)), left_padded(texts(4, 7)).to(GPU)
+        said += [model.generate(vision, prompt, 6, beam, use_cache=cache).tolist()
+                 for beam in (1, 2) for cache in (True, False)]
+    assert said[0] == said[1] == said[4] == said[5] and said[2] == said[3] == said[6] == said[7]
+
+
+@cuda
+def test_cuda_without_room_is_one_line_that_helps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        config.run(lambda cfg: torch.empty(1 << 50, device=GPU), "")
+    assert "halve --batch_size" in capsys.readouterr().err
+
+
+# ---- training: its parts ----
+@pytest.mark.parametrize("rank, nccl, meets", [(1, True, "cpu:gloo,cuda:nccl"), (1, False, "gloo"), (2, True, None)])
+def test_processes_meet_where_each_has_a_gpu(monkeypatch, rank, nccl, meets):
+    met = []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    for place, name, value in ((torch.cuda, "device_count", lambda: 2), (torch.cuda, "set_device", met.append),
+                               (train.dist, "is_nccl_available", lambda: nccl),
+                               (train.dist, "init_process_group", met.append)):
+        monkeypatch.setattr(place, name, value)
+    if meets is None:
+        refuses(lambda: train.join_processes(torch.device("cuda")), "--nproc_per_node=2")
+    else:
+        assert train.join_processes(torch.device("cuda")) == torch.device("cuda:1")
+        assert met == [torch.device("cuda:1"), meets]
+
+
+def test_compile_takes_the_encoder_and_the_decoder(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    cfg = made_up(tmp_path)
+    data = train.Data(cfg, prepare.load_meta(cfg), "train")
+    for wish in (False, True):
+        run = train.Run(changed(cfg, compile=wish), data, torch.device("cpu"))
+        assert compiled == [run.model.vision, run.model.decoder] * wish
+
+
+def test_memory_is_not_known_where_the_system_does_not_say(monkeypatch):
+    assert train.peak_memory(torch.device("cpu")) > 1
+    monkeypatch.setitem(sys.modules, "resource", None)      # as on Windows
+    assert math.isnan(train.peak_memory(torch.device("cpu")))
+
+
 def test_attention_entropy_by_hand_and_its_gradient_where_a_weight_vanishes():
     scores = torch.tensor([[0.0, 0.0, -200.0], [0.0, -300.0, -300.0], [1.0, 2.0, 3.0]], requires_grad=True)
     real = torch.tensor([[True, True, False]])
@@ -2162,7 +2468,11 @@ def test_the_best_checkpoints_are_kept(trained, tmp_path):
     run = train.Run(cfg, train.Data(cfg, prepare.load_meta(cfg), "train"), torch.device("cpu"))
     for run.step, accuracy in enumerate((0.6, 0.7, 0.5, 0.65, math.nan), 1):
         run.keep(accuracy, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "best-2.pt", "best-4.pt"}
+        state = train.load_checkpoint(tmp_path / "last.pt")
+        assert state["step"] == run.step and state["top"] == run.top and state["best"] == run.best
+        assert (accuracy < run.best or math.isnan(accuracy)) == (state["step"] > train.load_checkpoint(
+            tmp_path / "best.pt")["step"])
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "best.pt", "best-2.pt", "best-4.pt"}
     assert train.load_checkpoint(tmp_path / "best.pt")["step"] == 2 and (run.best, run.since_best) == (0.7, 3)
 
 
@@ -2267,6 +2577,26 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(t
     data = train.Data(cfg, prepare.load_meta(cfg), "train")
     for micro, position in zip(bad["micro_batches"], (16, 20), strict=True):
         assert same(micro, vars(data.batch(position, 4)))
+
+
+def test_float16_skips_what_overflows_and_stops_where_everything_does(tmp_path, monkeypatch, capsys):
+    cfg = made_up(tmp_path, read_pictures=40, dtype="float16")                    # 10 updates
+    scaler, loss = torch.amp.GradScaler, train.token_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.amp, "GradScaler", lambda *args, **more: scaler(*args, init_scale=2.0 ** 22, **more))
+        train.train(cfg)
+        skipped = capsys.readouterr().out.count("overflows float16")
+        state = last_of(cfg)
+        assert 2 < skipped < 8 and state["scaler"]["scale"] == 2.0 ** (22 - skipped)
+        cut = changed(cfg, out_dir=str(tmp_path / "cut"))
+        interrupt_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(cut)
+    train.train(changed(cut, resume=True))
+    assert same(last_of(cut), state)
+    # Adds 0, with a gradient of infinity times 0.
+    monkeypatch.setattr(train, "token_loss", lambda logits, *more: loss(logits, *more) + (0 * logits).sum().sqrt())
+    refuses(lambda: train.train(changed(cfg, out_dir=str(tmp_path / "nan"), read_pictures=160)), "norm nan", "step 16")
 
 
 def test_early_stopping_stops_when_nothing_improves(drawn, tmp_path, capsys):
@@ -3377,9 +3707,9 @@ def test_a_loop_that_was_killed_resumes_and_a_failure_is_a_row(drawn, tmp_path, 
                     read_pictures=8, eval_items=8, variants="mqa,prefix")
     started, fate, last = [], {}, tmp_path / "mqa-1337" / "last.pt"
 
-    def save(path, content, real=train.save_checkpoint):
-        real(path, content)
-        if path == last and "killed" in fate:
+    def save(path, content, *copies, real=train.save_checkpoint):
+        real(path, content, *copies)
+        if last in (path, *copies) and "killed" in fate:
             raise fate["killed"]
 
     def begin(settings, *parts, real=train.train):

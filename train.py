@@ -66,23 +66,47 @@ TAGS = sorted({commands.NOUNS[c][0].split()[-1] for c in commands.CATEGORIES} | 
 
 @dataclasses.dataclass
 class Batch:
-    """images (B, 3, h, w) float32, normalised; tokens, segment and targets (B, L) int64, see model.as_rows, targets
-    IGNORE where nothing is learned; tags (B, 4, W) float32: which of TAGS the descriptions of the scene, the left, the
-    way ahead and the right name."""
-    images: torch.Tensor
+    """pictures (B, h, w, 3) uint8, scale and shift (B, 3) float32, see normalise; tokens, segment and targets (B, L)
+    int64, see model.as_rows, targets IGNORE where nothing is learned; tags (B, 4, W) float32: which of TAGS the
+    descriptions of the scene, the left, the way ahead and the right name."""
+    pictures: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
     tokens: torch.Tensor
     segment: torch.Tensor
     targets: torch.Tensor
     tags: torch.Tensor
 
+    @property
+    def images(self):
+        """The pictures as the model wants them, (B, 3, h, w) float32, made where they lie: to a GPU go bytes."""
+        return normalise(self.pictures, self.scale, self.shift)
 
-def normalise(pictures, mean, std):
-    """uint8 (B, h, w, 3) to float32 (B, 3, h, w), by the channel mean and std of the training pictures."""
-    # Transposed as bytes, picture by picture, and scaled in place: a sixth of the time that it takes with floats.
-    planes = np.array([np.ascontiguousarray(picture.transpose(2, 0, 1)) for picture in pictures], np.float32)
-    planes *= (1 / (255 * np.float32(std)))[:, None, None]
-    planes -= (np.float32(mean) / np.float32(std))[:, None, None]
-    return planes
+    def each(self, change):
+        """A Batch of what change(tensor) makes of each tensor."""
+        return Batch(*map(change, vars(self).values()))
+
+
+def normalise(pictures, scale, shift):
+    """(B, h, w, 3), uint8 or float32, to float32 (B, 3, h, w): each channel times its scale plus its shift.
+
+    scale and shift: (B, 3), or (1, 3) for all pictures, see channels.
+    """
+    width = pictures.shape[2]
+    # A line of pixels at a time: a CPU is slow at three numbers.
+    scale, shift = (each.to(pictures.device).repeat(1, width)[:, None] for each in (scale, shift))   # (B, 1, 3*w)
+    lines = torch.addcmul(shift, pictures.flatten(2).float(), scale)
+    return lines.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+
+
+def channels(mean, std, gains=((1, 1),)):
+    """scale and shift (B, 3) for `normalise`, by the channel mean and std of the training pictures.
+
+    gains (B, 2): contrast and brightness of each picture, about 1.
+    """
+    contrast, light = np.float32(gains).T[:, :, None]
+    mean, std = np.float32(mean), np.float32(std)
+    return torch.from_numpy(contrast / (255 * std)), torch.from_numpy(2 * (light - 1) - contrast * mean / std)
 
 
 def targets_of(ids, prompt):
@@ -186,20 +210,13 @@ class Data:
         pictures, texts, tags, gains = zip(*examples)
         # numpy only, since this runs in the prefetching thread: a torch operation there would start a second pool of
         # OpenMP threads, and the two pools together halve the speed of a CPU.
-        images = normalise(pictures, self.mean, self.std)
-        if self.cfg.jitter:
-            contrast, light = np.float32(gains).T[:, :, None, None, None]
-            images *= contrast
-            images += (light - 1) * 2
         tokens, segment = as_rows([[ids for ids, _ in own] for own in texts], self.cfg.row_tokens)
         targets = np.full(tokens.shape, IGNORE)
         for row, own in zip(targets, texts):
             learned = [target for ids, prompt in own for target in targets_of(ids, prompt)]
             row[:len(learned)] = learned
-        batch = [torch.from_numpy(images), tokens, segment, torch.from_numpy(targets), torch.from_numpy(np.stack(tags))]
-        if torch.cuda.is_available():
-            batch = [tensor.pin_memory() for tensor in batch]                     # a GPU copies it while it computes
-        return Batch(*batch)
+        return Batch(torch.from_numpy(np.stack(pictures)), *channels(self.mean, self.std, gains), tokens, segment,
+                     torch.from_numpy(targets), torch.from_numpy(np.stack(tags)))
 
     def micro_batches(self, update, low, high):
         """The micro-batches of an update; of each, pictures `low` to `high`, which is the share of one process."""
@@ -238,10 +255,10 @@ class Data:
         return commands.describe(view, self.cfg.max_describe, item["place"] or None) == item["reason"]
 
 
-def prefetched(make, first, last, depth):
-    """make(i) for i in [first, last), computed by a thread up to `depth` ahead."""
-    with ThreadPoolExecutor(1) as thread:
-        jobs = (thread.submit(make, i) for i in range(first, last))
+def prefetched(make, first, last, depth, threads=1):
+    """make(i) for i in [first, last), in this order, computed by threads up to `depth` ahead."""
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = (pool.submit(make, i) for i in range(first, last))
         ahead = deque(islice(jobs, depth))
         while ahead:
             item = ahead.popleft().result()
@@ -257,10 +274,17 @@ def prefetched(make, first, last, depth):
 def join_processes(device):
     """Meet the processes that torchrun started, if it did; returns the device of this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "gloo"
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if number >= there:
+                raise UserError(f"each process needs a GPU of its own, and there are {there}: start torchrun with "
+                                f"--nproc_per_node={there}")
+            device = torch.device("cuda", number)
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            if dist.is_nccl_available():                    # not on Windows
+                backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend)
     return device
 
 
@@ -281,9 +305,9 @@ def summed(tensor):
     if processes()[1] > 1:
         try:
             dist.all_reduce(tensor)
-        except RuntimeError:
+        except RuntimeError as error:
             raise UserError("another process of this training has ended: to resume add --resume=True to the command, "
-                            "with any number of processes") from None
+                            f"with any number of processes ({str(error).splitlines()[0][:120]})") from None
     return tensor
 
 
@@ -311,26 +335,26 @@ def verdicts(targets):
 
 
 def token_weights(targets, cfg):
-    """Weights (M,) of the learned tokens: answer_weight for [NO], that times yes_weight for [YES], 1 for the rest."""
-    weights = torch.ones(targets.shape, device=targets.device)
-    weights[verdicts(targets)] = cfg.answer_weight
-    weights[targets == YES] *= cfg.yes_weight
-    return weights
+    """Weight of each target: answer_weight for [NO], that times yes_weight for [YES], 0 for IGNORE, else 1."""
+    weights = (targets != IGNORE).float()
+    weights = torch.where(targets == NO, cfg.answer_weight, weights)
+    return torch.where(targets == YES, cfg.answer_weight * cfg.yes_weight, weights)
 
 
 def total_weight(micros, cfg):
     """Sum of the weights of all tokens that an update's micro-batches teach, by which it divides its loss."""
-    return sum(token_weights(m.targets[m.targets >= 0], cfg).sum().item() for m in micros)
+    return sum(token_weights(m.targets, cfg).sum().item() for m in micros)
 
 
 def token_loss(logits, targets, cfg):
     """Weighted SUM of the cross-entropies of the learned tokens; the caller divides by the sum of weights.
 
-    logits (M, V) float32, targets (M,). With focal_gamma the answers weigh (1 - p)^gamma (Lin et al. 2017, eq. 4).
+    logits (M, V) float32, targets (M,), IGNORE where nothing is learned. With focal_gamma the answers weigh
+    (1 - p)^gamma (Lin et al. 2017, eq. 4).
     """
     loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=cfg.label_smoothing)
     if cfg.focal_gamma:
-        p = torch.softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+        p = torch.softmax(logits, -1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
         answers = verdicts(targets)
         loss = torch.where(answers, (1 - p) ** cfg.focal_gamma * loss, loss)
     return (loss * token_weights(targets, cfg)).sum()
@@ -346,7 +370,7 @@ def attention_entropy(weights, real):
     # once it meets the softmax's slope of 0.
     smallest = torch.finfo(torch.float32).tiny
     rows = -(weights * weights.clamp(min=smallest).log()).sum(-1)                 # (layers, B, H, L)
-    return rows.transpose(2, 3)[:, real].mean()
+    return (rows.mean((0, 2)) * real).sum() / real.sum()
 
 
 def batch_loss(model, tagger, batch, cfg, total, reads=True):
@@ -356,7 +380,7 @@ def batch_loss(model, tagger, batch, cfg, total, reads=True):
     stage, when only the encoder learns, from the tagger.
     """
     vision = model.encode(batch.images)
-    share = len(batch.images) / (cfg.batch_size * cfg.grad_accum)
+    share = len(batch.tokens) / (cfg.batch_size * cfg.grad_accum)
     loss = 0.0
     if tagger is not None:
         tag_loss = F.binary_cross_entropy_with_logits(tagger(vision).float(), batch.tags)
@@ -454,7 +478,7 @@ def predict(model, data, cfg, dtype, limit=0):
     for start in range(rank * cfg.eval_batch, len(groups), ranks * cfg.eval_batch):
         part = groups[start:start + cfg.eval_batch]
         pictures = data.images[[data.index[group[0], 0] for group in part]]
-        images = torch.from_numpy(normalise(pictures, data.mean, data.std))
+        images = normalise(torch.from_numpy(pictures).to(model.device), *channels(data.mean, data.std))
         prompts = [[data.tokens[row, :data.index[row, 1]].tolist() for row in group] for group in part]
         odds[np.concatenate(part)] = model.ask(images, prompts, dtype)
     return rows, summed(torch.from_numpy(odds)).numpy()[rows]
@@ -471,24 +495,25 @@ def balanced_accuracy(truth, odds):
 
 # ---- checkpoints ----
 
-def save_checkpoint(path, content):
-    """Write content by a temporary file and os.replace, so that `path` is never half a checkpoint."""
-    temporary = Path(f"{path}.tmp")
+def save_checkpoint(path, content, *copies):
+    """Write content by a temporary file and os.replace, so that `path` is never half a checkpoint; copies alike."""
     buffer = io.BytesIO()
     torch.save(content, buffer)                             # to a path, torch.save would hide errors of the disk
-    try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}, what was there is unchanged: {error}") from None
+    for path in (path, *copies):
+        temporary = Path(f"{path}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise UserError(f"cannot write {path}, what was there is unchanged: {error}") from None
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """A checkpoint's dict. Raises UserError when there is none, it is damaged, or of another format."""
     try:
         # A checkpoint is a zip archive with a checksum for every entry, which torch.load does not look at.
@@ -496,7 +521,8 @@ def load_checkpoint(path, device="cpu"):
             broken = archive.testzip()
         if broken:
             raise ValueError(f"its entry {broken} does not match its checksum")
-        state = torch.load(path, map_location=device, weights_only=True)
+        # To the CPU: a GPU has no room to spare for weights that are there already.
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: run python train.py, or pass --checkpoint=FILE") from None
     except Exception as error:                              # unpickling fails in many ways
@@ -527,7 +553,7 @@ def load_model(cfg, make_model=VLM):
     """
     device = pick_device(cfg)
     path = cfg.checkpoint or str(Path(cfg.out_dir) / "best.pt")
-    state = load_checkpoint(path, device)
+    state = load_checkpoint(path)
     # What is shown and sampled is drawn by cfg's seed.
     shaping = {name: value for name, value in state["config"].items() if name not in RESUMABLE | {"seed"}}
     cfg = type(cfg)(**{**vars(cfg), **shaping})
@@ -535,10 +561,10 @@ def load_model(cfg, make_model=VLM):
     model = make_model(cfg, len(tokenizer))
     if cfg.lora_rank:
         model.add_lora(cfg.lora_rank)
-    load_weights(model.to(device), state["model"], path)
+    load_weights(model, state["model"], path)
     if cfg.lora_rank:
         model.merge_lora()
-    return model.eval(), cfg, tokenizer, state, device
+    return model.to(device).eval(), cfg, tokenizer, state, device
 
 
 def export(cfg):
@@ -626,6 +652,9 @@ class Run:
         if cfg.lora_rank:
             self.model.add_lora(cfg.lora_rank)
         self.model.to(device)
+        if cfg.compile:
+            self.model.vision.compile()
+            self.model.decoder.compile()
         self.optimizer = make_optimizer(self.model, self.tagger, cfg, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step = 0
@@ -633,6 +662,16 @@ class Run:
         self.since_best = 0                                 # validations since then
         self.top = []                                       # [[accuracy, step]] of the checkpoints that save_top keeps
         self.unlogged = [0.0, 0, 0]                         # sum of losses, updates and commands not logged yet
+
+    def batches(self, first, last, low, high):
+        """The micro-batches of each update in [first, last), made ahead; of each, pictures `low` to `high`."""
+        # A GPU waits for nothing but batches, and copies pinned ones while it computes. A CPU has no thread to spare.
+        cuda = self.device.type == "cuda"
+
+        def make(i):
+            micros = self.data.micro_batches(i, low, high)
+            return [micro.each(torch.Tensor.pin_memory) for micro in micros] if cuda else micros
+        return prefetched(make, first, last, self.cfg.prefetch, 4 if cuda else 1)
 
     def update(self, micros, total, reads, clock):
         """One update by micro-batches whose learned tokens weigh `total` in all processes.
@@ -642,23 +681,28 @@ class Run:
         """
         self.model.train()
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
-        loss = 0.0
+        loss = torch.zeros((), device=self.device)
         pairs = sum(int(micro.segment.amax(1).sum()) for micro in micros)         # of a picture and a command
         for micro in micros:
-            micro = Batch(*(tensor.to(self.device, non_blocking=True) for tensor in vars(micro).values()))
+            micro = micro.each(lambda tensor: tensor.to(self.device, non_blocking=True))
             with autocast(self.dtype, self.device):
                 share = batch_loss(self.model, self.tagger, micro, self.cfg, total, reads)
             clock.stop("forward")
             self.scaler.scale(share).backward()
-            loss += share.item()
+            loss += share.detach()
             clock.stop("backward")
-        loss = summed(torch.tensor(loss)).item()
         sum_gradients(learning)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(learning, self.cfg.grad_clip or math.inf).item()
-        # float16 meets infinite gradients by design: its scaler skips the update and lowers the scale.
-        done = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        norm = torch.nn.utils.clip_grad_norm_(learning, self.cfg.grad_clip or math.inf)
+        # The one time in an update that a GPU is waited for.
+        loss, norm = torch.stack((summed(loss), norm)).tolist()
+        # float16 meets infinite gradients by design: its scaler skips the update and halves the scale. Where even a
+        # scale of 1 is too much, something else is wrong.
+        skipped = not math.isfinite(norm) and self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        done = math.isfinite(loss) and (math.isfinite(norm) or skipped)
         if done:
+            if skipped:
+                print(f"step {self.step}: the gradient overflows float16, nothing is learned from this update")
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
@@ -667,7 +711,7 @@ class Run:
         clock.stop("optimizer")
         return loss, norm, done
 
-    def save(self, path):
+    def save(self, path, *copies):
         """Write a checkpoint; in several processes the first writes, and the others wait until it is written."""
         if is_first():
             save_checkpoint(path, dict(
@@ -675,12 +719,12 @@ class Run:
                 std=self.data.std, data_hash=config.data_hash(self.cfg), model=self.model.state_dict(),
                 tagger=self.tagger and self.tagger.state_dict(), optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(), step=self.step,
-                **{name: getattr(self, name) for name in MEMORY}))
+                **{name: getattr(self, name) for name in MEMORY}), *copies)
         summed(torch.zeros(1))
 
     def resume(self, path):
         """Continue from a checkpoint. Raises UserError if a setting that shapes what is trained differs."""
-        state = load_checkpoint(path, self.device)
+        state = load_checkpoint(path)
         if "optimizer" not in state:
             raise UserError(f"{path} holds weights alone, as --export writes them: there is no training to resume")
         changed = {name: f"{name} was {value!r}, now {getattr(self.cfg, name)!r}"
@@ -701,19 +745,22 @@ class Run:
         print("; ".join([f"resumed {path} at step {self.step}", *changed.values()]))
 
     def keep(self, accuracy, out):
-        """Save best.pt if this validation is the best so far and, with save_top, the best few as best-STEP.pt."""
+        """Save last.pt, as best.pt too if this validation is the best so far, and with save_top > 1 as best-STEP.pt."""
         score = -1.0 if math.isnan(accuracy) else accuracy
+        paths = [out / "last.pt"]
         self.since_best += 1
         if score > self.best or self.best < 0:
             self.best = max(score, 0.0)
             self.since_best = 0
-            self.save(out / "best.pt")
+            paths.insert(0, out / "best.pt")
+        worst = []
         if self.cfg.save_top > 1:
-            self.top = sorted(self.top + [[score, self.step]], reverse=True)
-            self.save(out / f"best-{self.step}.pt")
-            for _, step in self.top[self.cfg.save_top:]:
-                (out / f"best-{step}.pt").unlink(missing_ok=True)
-            self.top = self.top[:self.cfg.save_top]
+            paths.append(out / f"best-{self.step}.pt")
+            top = sorted(self.top + [[score, self.step]], reverse=True)
+            self.top, worst = top[:self.cfg.save_top], top[self.cfg.save_top:]
+        self.save(*paths)
+        for _, step in worst:
+            (out / f"best-{step}.pt").unlink(missing_ok=True)
 
 
 # ---- log.csv, and TensorBoard ----
@@ -921,7 +968,7 @@ def test(run, meta, start):
     """Scores of best.pt on the test split, printed as `key: value` lines and written to train.json."""
     cfg = run.cfg
     best = Path(cfg.out_dir) / "best.pt"
-    load_weights(run.model, load_checkpoint(best, run.device)["model"], best)
+    load_weights(run.model, load_checkpoint(best)["model"], best)
     data = Data(cfg, meta, "test")
     items = prepare.read_items(cfg.data_dir, "test")
     rows, odds = predict(run.model, data, cfg, run.dtype)
@@ -977,7 +1024,7 @@ def train(cfg, make_model=VLM, make_data=Data):
     last, first_read = all_updates(cfg), see_updates(cfg)
     # Of each micro-batch, the pictures that this process takes.
     share = cfg.batch_size * rank // ranks, cfg.batch_size * (rank + 1) // ranks
-    batches = prefetched(lambda i: data.micro_batches(i, *share), run.step, last, cfg.prefetch)
+    batches = run.batches(run.step, last, *share)
     clock = Clock(device)
     try:
         with ctrl_c() as stopped:                           # an update is never cut in two
@@ -1013,7 +1060,8 @@ def train(cfg, make_model=VLM, make_data=Data):
                 if run.step % updates(cfg, cfg.eval_every) == 0 or ended:
                     if reads:
                         run.keep(validate(run, val, log), out)
-                    run.save(out / "last.pt")
+                    else:
+                        run.save(out / "last.pt")
                     clock.last = time.perf_counter()        # neither is part of an update
                     if cfg.early_stopping and run.since_best >= cfg.early_stopping:
                         print(f"stopping: no better validation in {run.since_best} looks")
