@@ -188,12 +188,12 @@ KINDS = (
         lora_rank eval_items early_stopping"""),
     ("a whole number, -1 or above", int, -1, MOST, "freeze_pictures"),
     ("a number above 0", float, LEAST, MOST, """
-        near_line far_line near_height far_height close_height rope_theta lr lr_projection lr_vision eps answer_weight
-        yes_weight"""),
+        min_pixels rope_theta lr lr_projection lr_vision eps answer_weight yes_weight"""),
     ("a number, 0 or above", float, 0, MOST, """
-        min_pixels tag_weight weight_decay grad_clip focal_gamma entropy_weight contrast_weight"""),
-    ("a number from 0 to 1", float, 0, 1, """
-        max_bad_share min_visible place_margin maybe_share block_share min_lr flip"""),
+        tag_weight weight_decay grad_clip focal_gamma entropy_weight contrast_weight"""),
+    ("a number from 0.01 to 1", float, 0.01, 1, "near_line far_line near_height far_height close_height"),
+    ("a number from 0 to 1", float, 0, 1, "max_bad_share min_visible maybe_share block_share min_lr flip"),
+    ("a number from 0 to 0.16, about half of a third", float, 0, 0.16, "place_margin"),
     ("a number from 0 to below 1", float, 0, 1 - 1e-9, "dropout beta1 beta2 crop jitter label_smoothing"),
     ("True or False", bool, None, None, """
         keep_undefined val_is_test tensorboard resume compile bench lr_range robustness page"""),
@@ -296,6 +296,8 @@ def check(cfg):
          "from both sides, and neither would count")
     for name in ("image_width", "image_height"):
         side = getattr(cfg, name)
+        need(cfg.min_pixels <= side,
+             f"min_pixels={cfg.min_pixels} is above {name}={side}: no object could count as seen")
         need(side % cfg.patch_size == 0,
              f"{name}={side} is not a multiple of patch_size={cfg.patch_size}; try {name}="
              f"{max(side // cfg.patch_size, 1) * cfg.patch_size}")

@@ -755,7 +755,10 @@ def test_overrides_are_cast_to_the_type_of_their_setting(capsys):
     ("--vision_dim=6 --vision_heads=1 --vision_positions=sincos", "divisible by 4"), ("--batch_size=0", "above 0"),
     ("--dropout=1", "below 1"), ("--min_lr=5", "from 0 to 1"), ("--workers=-1", "0 or above"),
     ("--freeze_pictures=-2", "-1 or above"), ("--lora_rank=2", "--init_from"), ("--commands_stored=1", "at least 2"),
-    ("--seed=9223372036854775808", "below 2**63"), ("--dpi=99999", "at most 1200"), ("batch_size=3", "--key=value")])
+    ("--seed=9223372036854775808", "below 2**63"), ("--dpi=99999", "at most 1200"), ("batch_size=3", "--key=value"),
+    ("--min_pixels=0", "above 0"), ("--min_pixels=inf", "above 0"), ("--min_pixels=200", "image_size=128"),
+    ("--min_visible=2", "from 0 to 1"), ("--place_margin=0.17", "0.16"), ("--near_line=9", "from 0.01 to 1"),
+    ("--far_height=1e-300", "from 0.01 to 1"), ("--close_height=1.5", "from 0.01 to 1")])
 def test_a_wrong_setting_is_one_line_that_says_what_would_work(arguments, says):
     refuses(lambda: config.from_args(arguments.split()), says)
 
