@@ -1352,7 +1352,9 @@ def progress(items, label, total=None):
 
 def parallel(function, jobs, cfg, label, total):
     """Yields function(job) for all `total` jobs in order, from cfg.workers processes (0: one a core), with progress."""
-    workers = cfg.workers or os.cpu_count() or 1
+    # A cluster often grants a process a few cores of many, which Linux tells.
+    mine = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+    workers = cfg.workers or len(mine)
     # For a few jobs, starting processes would take longer than the work.
     if workers == 1 or total <= 64:
         yield from progress(map(function, jobs), label, total)
@@ -1395,9 +1397,16 @@ def prepare(cfg):
     folder = root / "unfinished"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    work, jobs, total = drawn_jobs(cfg) if cfg.source == "drawn" else bdd_jobs(cfg, folder)
-    stored = store_frames(folder, parallel(work, jobs, cfg, "pictures", total), total, cfg)
-    report = write_commands(folder, stored, cfg)
+    with naming_the_file(folder):
+        work, jobs, total = drawn_jobs(cfg) if cfg.source == "drawn" else bdd_jobs(cfg, folder)
+        # A picture comes with some 12,000 bytes of labels, commands and tokens.
+        needed = total * (3 * cfg.image_width * cfg.image_height + 12_000) / 1e9
+        free = shutil.disk_usage(folder).free / 1e9
+        if needed > free:
+            raise UserError(f"{folder / 'images.bin'} and the files beside it need about {needed:.2g} GB for {total} "
+                            f"pictures, but {free:.2g} GB are free: make room, or choose another data_dir")
+        stored = store_frames(folder, parallel(work, jobs, cfg, "pictures", total), total, cfg)
+        report = write_commands(folder, stored, cfg)
     mean, std = channel_statistics(folder / "images.bin", stored.splits)
     meta = dict(magic=MAGIC, version=VERSION, hash=config.data_hash(cfg), frames=len(stored.splits),
                 settings={k: getattr(cfg, k) for k in config.DATA_KEYS}, splits=Counter(stored.splits.tolist()),
@@ -1410,8 +1419,9 @@ def prepare(cfg):
 
 def drawn_jobs(cfg):
     """(function, its jobs, their number) that draw the scenes."""
-    names = [f"scene-{i:06d}" for i in range(cfg.num_scenes)] + [f"ood-{i:06d}" for i in range(cfg.num_ood_scenes)]
-    return draw_one, ((name, cfg) for name in names), len(names)
+    counts = {"scene": cfg.num_scenes, "ood": cfg.num_ood_scenes}
+    jobs = ((f"{name}-{i:06d}", cfg) for name, count in counts.items() for i in range(count))
+    return draw_one, jobs, sum(counts.values())
 
 
 def bdd_jobs(cfg, folder):
@@ -1460,6 +1470,17 @@ def store_frames(folder, results, total, cfg):
     for what, count in (("frame", total), ("label", labels + lost["label"].total())):
         bad = lost[what].total()
         if bad > cfg.max_bad_share * count:
+@contextlib.contextmanager
+def naming_the_file(folder):
+    """An error without the name of a file, such as that of a full disk, gets that of the file written to last."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise UserError(f"cannot write {max(folder.iterdir(), key=os.path.getmtime)}: {error}") from None
+
+
             kinds = ", ".join(f"{kind} {n}" for kind, n in lost[what].most_common(5))
             raise UserError(f"{bad} of {count} {what}s are bad, over max_bad_share={cfg.max_bad_share}: {kinds}; "
                             f"{folder}/rejected.csv lists them; mend them, or raise max_bad_share to do without them")
@@ -1481,7 +1502,8 @@ def channel_statistics(path, splits):
         pixels = images[i] / 255
         means += pixels.mean(0) / len(chosen)
         squares += (pixels**2).mean(0) / len(chosen)
-    return means.tolist(), np.sqrt(squares - means**2).tolist()
+    # Pictures of one even colour have no deviation, and rounding may leave less than none.
+    return means.tolist(), np.sqrt(np.maximum(squares - means**2, 1e-6)).tolist()
 
 
 def publish(folder, root):
