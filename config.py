@@ -174,19 +174,20 @@ CHOICES = {
     "split": ("train", "val", "test", "ood"),
 }
 MOST = sys.float_info.max
+LONGEST = 2**63 - 1           # the largest whole number of torch and numpy
 LEAST = sys.float_info.min    # the least number above 0
 # What a setting may be, in words; its type; its least and its largest value; the settings of that kind. A setting that
 # stands in no row, such as one that you add, may be any value of its default's type.
 KINDS = (
-    ("a whole number above 0", int, 1, MOST, """
-        image_width image_height num_scenes commands_stored max_describe min_cell patch_size stem_width vision_dim vision_layers
-        vision_heads vision_ffn_dim text_dim text_layers text_heads text_kv_heads text_head_dim text_ffn_dim max_text
+    ("a whole number above 0, below 2**63", int, 1, LONGEST, """
+        image_width image_height num_scenes commands_stored max_describe min_cell patch_size stem_width vision_dim
+        vision_layers vision_heads vision_ffn_dim text_dim text_layers text_heads text_kv_heads text_head_dim text_ffn_dim max_text
         batch_size grad_accum row_tokens read_pictures prefetch eval_every save_top log_every eval_batch
         bootstrap sample_items probe_items head_items dpi beam max_new_tokens seeds"""),
-    ("a whole number, 0 or above", int, 0, MOST, """
+    ("a whole number, 0 or above, below 2**63", int, 0, LONGEST, """
         workers num_ood_scenes scene_seed max_complexity seed descriptions_per_image see_pictures warmup_pictures
         lora_rank eval_items early_stopping"""),
-    ("a whole number, -1 or above", int, -1, MOST, "freeze_pictures"),
+    ("a whole number, -1 or above, below 2**63", int, -1, LONGEST, "freeze_pictures"),
     ("a number above 0", float, LEAST, MOST, """
         min_pixels rope_theta lr lr_projection lr_vision eps answer_weight yes_weight"""),
     ("a number, 0 or above", float, 0, MOST, """
@@ -311,7 +312,6 @@ def check(cfg):
          f"text_heads={cfg.text_heads} is not divisible by text_kv_heads={cfg.text_kv_heads}")
     need(cfg.text_head_dim % 2 == 0, f"text_head_dim must be even (RoPE rotates pairs), got {cfg.text_head_dim}")
     need(cfg.commands_stored >= 2, f"commands_stored must be at least 2, one YES and one NO, got {cfg.commands_stored}")
-    need(cfg.seed < 2 ** 63, f"seed must be below 2**63, got {cfg.seed}")
     need(cfg.dpi <= 1200, f"dpi must be at most 1200, got {cfg.dpi}: 300 is enough for print")
     need(not cfg.lora_rank or cfg.init_from,
          f"lora_rank={cfg.lora_rank} learns small changes of a trained model: give one with --init_from=FILE")

@@ -27,7 +27,6 @@ import random
 import re
 import shlex
 import shutil
-import struct
 import sys
 import threading
 import time
@@ -35,10 +34,11 @@ import zlib
 from array import array
 from collections import Counter, namedtuple
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL.Image import Transpose as Turn
 
 import commands
 import config
@@ -999,9 +999,15 @@ VIDEO = re.compile(r"(\w{8}-\w{8})-\d{7}\.")    # a frame of a sequence: name of
 # Where the labels of train or val are, and the folder of their pictures. The first that exists is read.
 LAYOUTS = (("*{}*.json*", "100k"), ("det_20/*{}*.json*", "100k"), ("100k/{}/*.json", "100k"),
            ("box_track_20/{}/*.json", "track"))
-MAX_PIXELS = 50_000_000       # a larger picture is refused before it is decoded
+MAX_PIXELS = 55_000_000       # a picture with more pixels in memory is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = None                   # for the whole process: the limit above replaces Pillow's mere warning
-TURNED = (5, 6, 7, 8)         # values of the EXIF orientation (tag 0x0112) that swap width and height
+# What makes a picture upright, by its EXIF orientation (tag 0x0112) from 2 on; from 5 on, width and height swap.
+TURNS = dict(enumerate((Turn.FLIP_LEFT_RIGHT, Turn.ROTATE_180, Turn.FLIP_TOP_BOTTOM, Turn.TRANSPOSE, Turn.ROTATE_270,
+                        Turn.TRANSVERSE, Turn.ROTATE_90), 2))
+# Files that are taken for pictures, by the bytes that they begin with.
+FOREIGN = ((rb"version https://git-lfs", "it is a Git-LFS pointer: fetch the picture itself with git lfs pull"),
+           (rb"....ftyp", "it is a HEIC, AVIF or video file, which Pillow does not read here: save it as JPEG"),
+           (rb"", "it is empty, or of no kind that Pillow knows"))
 
 
 class BadPicture(UserError):
@@ -1012,36 +1018,49 @@ class BadPicture(UserError):
         self.kind = kind
 
 
+def once(pairs):
+    """A JSON object as a dict. Raises ValueError where one of its values would replace another in silence."""
+    whole = dict(pairs)
+    if len(whole) < len(pairs):
+        raise ValueError(f"a name stands twice among {', '.join(name for name, _ in pairs)[:80]}")
+    return whole
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=once)
+# What comes before the first record of a list, or of a dict with a list of them under "frames". Frames with objects are
+# no records, but those of one (2018, a file for each picture).
+OPENING = re.compile(r'\s*(\[|{.*?"frames"\s*:\s*\[(?!\s*{[^{}[\]]*"objects"))', re.DOTALL)
+
+
 def stream_records(path, chunk=1 << 20):
     """Yields the records of a label file (.json or .json.gz) one at a time, with memory for one.
 
-    The file holds a list of records, a dict with such a list under "frames", or one record alone (2018, a file for
-    each picture). Raises UserError for a file that holds none of these or ends too early.
+    The file holds a list of records, a dict with such a list under "frames", or records one after another (JSON lines;
+    2018, a file for each picture: one alone). Raises UserError for a file that holds anything else, or ends too early.
     """
-    decode = json.JSONDecoder().raw_decode
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-            # The beginning says which of the three it is. One record alone is small: it is all there.
-            text = file.read(16 * chunk).lstrip()
-            if text[:1] == "{" and len(text) < 16 * chunk:
-                whole = json.loads(text)
-                if "name" in whole:
-                    yield whole
-                    return
-            start = re.match(r"\[|{.*?\"frames\"\s*:\s*\[", text, re.DOTALL)
-            if not start:
+            text = file.read(16 * chunk)
+            if text.lstrip()[:1] not in ("[", "{"):
                 raise ValueError(f"it begins with {text[:20]!r}, which is no list of frames")
-            at = start.end()
+            opening = OPENING.match(text)
+            at = opening.end() if opening else 0
             while True:
                 at = re.compile(r"[\s,]*").match(text, at).end()
-                if text.startswith("]", at):
+                if opening and text.startswith("]", at):
+                    # What stands around the records must be JSON too, and nothing may follow it.
+                    around = DECODER.decode(opening[0] + text[at:] + file.read())
+                    if "labels" in around:
+                        yield around
                     return
                 try:
-                    record, at = decode(text, at)
+                    record, at = DECODER.raw_decode(text, at)
                 except json.JSONDecodeError as error:
                     # Either the record continues in the next chunk, or it is broken. It is broken when the error is
                     # far from the end of what was read, or when no record could be as long as this one.
                     new = file.read(max(chunk, len(text) - at))
+                    if not (new or opening or text[at:]):
+                        return
                     if not new or len(text) - error.pos > 1 << 22 or len(text) - at > 1 << 26:
                         raise
                     text = text[at:] + new
@@ -1049,19 +1068,22 @@ def stream_records(path, chunk=1 << 20):
                     continue
                 if not isinstance(record, dict):
                     raise ValueError(f"it holds {type(record).__name__} items, not frames")
+                if not opening and "name" not in record and "labels" not in record:
+                    raise ValueError(f"it holds {', '.join(record)[:80]}, but no list of frames")
                 yield record
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the labels {path}: {error}") from None
 
 
 def labels_of(raw):
-    """The list of labels of a raw record, of whichever format."""
-    # 2018, a file for each picture: the objects are those of its only frame.
+    """The list of labels of a raw record, of whichever format; None where its frames are not a single one."""
+    labels = raw.get("labels")
     frames = raw.get("frames")
-    if frames and isinstance(frames[0], dict):
+    if frames and not labels:
+        # 2018, a file for each picture: the objects are those of its only frame.
+        if not (isinstance(frames, list) and len(frames) == 1 and isinstance(frames[0], dict)):
+            return None
         labels = frames[0].get("objects")
-    else:
-        labels = raw.get("labels")
     if isinstance(labels, list):
         return labels
     return [labels] if labels else []
@@ -1076,11 +1098,14 @@ def attributes_of(raw):
 def clean_record(raw):
     """A raw record of any format as ours, with boxes in its own pixels, and its problems: [(what, kind, reason)].
 
-    what: what the problem costs: "label"; "colour" (the label stays); "unused" is no problem, only counted.
+    what: what the problem costs: "frame"; "label"; "colour" (the label stays); "unused" is no problem, only counted.
     """
     labels = []
     problems = []
-    for label in labels_of(raw):
+    given = labels_of(raw)
+    if given is None:
+        problems.append(("frame", "malformed record", f"frames {str(raw['frames'])[:80]}"))
+    for label in given or []:
         category = label.get("category") if isinstance(label, dict) else None
         if not isinstance(category, str):
             problems.append(("label", "malformed label", str(label)[:80]))
@@ -1126,12 +1151,15 @@ def fit_record(record, width, height, size):
     problems = []
     for label in record["labels"]:
         edges = corners(label)
-        # Boxes of BDD100K reach to the border of the picture, some beyond.
+        # Boxes of BDD100K reach to the border of the picture, some beyond. None ends in its first two pixels, as all do
+        # that are given in shares of its sides.
         x1, y1, x2, y2 = cut = clipped(edges, width, height)
         # Written so that "not a number" fails too.
-        if not (x1 < x2 and y1 < y2):
-            reason = f"{label['category']} {edges} in {width}x{height}"
-            problems.append(("label", "box empty, inverted or outside the picture", reason))
+        if not (x1 < x2 and y1 < y2 and max(x2, y2) > 2):
+            kind = "box empty, inverted or outside the picture"
+            if 0 < max(edges) <= 2:
+                kind = "box in shares, not in pixels"
+            problems.append(("label", kind, f"{label['category']} {edges} in {width}x{height}"))
             continue
         scaled = [round(v * new / old, 2) for v, new, old in zip(cut, size + size, (width, height, width, height))]
         labels.append(dict(label, box2d=dict(zip(EDGES, scaled))))
@@ -1150,25 +1178,41 @@ def picture_and_sides(path, size=None):
     """As load_picture; returns the image and its upright (width, height) before it was resized."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadPicture("huge picture", f"{path} has {image.width}x{image.height} pixels, over {MAX_PIXELS}")
-            # A photo may be stored lying on its side, with a note in its EXIF data that says how to turn it.
-            sides = image.size[::-1] if image.getexif().get(0x0112) in TURNED else image.size
+            sides = image.size
             # The decoder of JPEG can leave out detail at once. The 3/2 keep what the resizing needs.
             if size:
                 image.draft("RGB", tuple(3 * side // 2 for side in size))
-            image = ImageOps.exif_transpose(image)
+            # It holds all detail of a progressive one even then.
+            held = sides if "progressive" in image.info else image.size
+            if held[0] * held[1] > MAX_PIXELS:
+                raise BadPicture("huge picture", f"{path} has {sides[0]}x{sides[1]} pixels, over {MAX_PIXELS}")
+            image.load()
+            # A photo may be stored lying on its side, with a note in its EXIF data that says how to turn it. Where they
+            # are damaged, it stays as it is.
+            orientation = 1
+            with contextlib.suppress(Exception):
+                orientation = image.getexif().get(0x0112)
+            if orientation in TURNS:
+                image = image.transpose(TURNS[orientation])
+                sides = sides[::-1] if orientation > 4 else sides
             if image.mode[0] in "IF":
                 image = from_deep_grey(image)
             image = image.convert("RGB")
             if size:
                 image = image.resize(size, Image.BICUBIC, reducing_gap=2.0)
             return image, sides
+    except BadPicture:
+        raise
     except FileNotFoundError:
         raise BadPicture("missing picture", f"there is no picture {path}") from None
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
-        kind = "not a picture" if isinstance(error, UnidentifiedImageError) else "truncated or broken picture"
-        raise BadPicture(kind, f"cannot read {path} as a picture: {error}") from None
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            head = file.read(64)
+        what = next(what for mark, what in FOREIGN if re.match(mark, head, re.DOTALL))
+        raise BadPicture("not a picture", f"cannot read {path} as a picture: {what}") from None
+    except Exception as error:
+        # Whatever Pillow raises for a damaged file, TypeError and MemoryError too, is about this picture alone.
+        raise BadPicture("truncated or broken picture", f"cannot read {path} as a picture: {error!r}") from None
 
 
 def from_deep_grey(image):
@@ -1180,15 +1224,38 @@ def from_deep_grey(image):
 
 
 def label_files(root):
-    """Yields (train or val, its label files, folder of its pictures) for the first layout of each that is there."""
+    """Yields (train or val, its label files, folder of its pictures) for the first place of each that holds boxes.
+
+    Masks, lane marks and conversions have names and forms like those of the labels: they are passed over.
+    """
     for folder in ("train", "val"):
-        for pattern, pictures in LAYOUTS:
-            files = sorted((root / "labels").glob(pattern.format(folder)))
-            if files:
-                # Either a file for each picture or video, or one for all.
-                one_each = "{}/" in pattern
-                yield folder, files if one_each else files[:1], root / "images" / pictures / folder
-                break
+        passed = []
+        for files, pictures in label_places(root, folder):
+            try:
+                if not any(isinstance(label, dict) and label.get("box2d") for _, raw, _ in raw_records(files)
+                           for label in labels_of(raw or {}) or []):
+                    raise UserError(f"{files[0]} holds not one box (box2d)")
+            except UserError as error:
+                passed.append(str(error))
+                continue
+            print(f"{folder}: the labels are read from {files[0]}", *passed, sep="; not used: ")
+            yield folder, files, root / "images" / pictures / folder
+            break
+        else:
+            if passed:
+                raise UserError(f"{'; '.join(passed)}: take the detection labels, bdd100k_labels_images_*.json or "
+                                "det_20")
+
+
+def label_places(root, folder):
+    """Yields ([label file], folder of the pictures in LAYOUTS) for all that may be the labels of train or val."""
+    for pattern, pictures in LAYOUTS:
+        # What begins with a dot is hidden: macOS writes such a file beside each on a foreign disk.
+        files = [path for path in sorted((root / "labels").glob(pattern.format(folder)))
+                 if path.is_file() and not path.name.startswith(".")]
+        # Either a file for each picture or video, or one for all.
+        groups = [files] if "{}/" in pattern else [[path] for path in files]
+        yield from ((group, pictures) for group in groups if group)
 
 
 def raw_records(files):
@@ -1203,11 +1270,22 @@ def raw_records(files):
             yield file, None, error
 
 
+def pictures_below(root):
+    """{name in small letters without its ending: path} of the pictures below a folder; None where two have one name."""
+    paths = {}
+    for path in root.rglob("*"):
+        if path.suffix.lower() in Image.registered_extensions():
+            name = path.stem.lower()
+            paths[name] = None if name in paths else path
+    return paths
+
+
 def bdd_records(cfg):
     """Yields (path of the picture, train or val, clean record, problems) of each frame that passes the filters.
 
-    Reads the BDD100K tree cfg.bdd_dir in the order of its lists. A record without a name, a name listed before and
-    an unreadable file among many are problems that cost the frame. Raises UserError for labels without any box.
+    Reads the BDD100K tree cfg.bdd_dir in the order of its lists. A record without a name, a name or picture listed
+    before and an unreadable file among many are problems that cost the frame. A picture whose folder, capitals or
+    ending differ from those in the labels is found by the rest of its name.
     """
     root = Path(cfg.bdd_dir)
     filters = filters_of(cfg, BDD_VALUES)
@@ -1215,17 +1293,16 @@ def bdd_records(cfg):
         filters = {name: values and values + ["undefined"] for name, values in filters.items()}
     if not cfg.bdd_dir or not root.is_dir():
         raise UserError(f"bdd_dir '{cfg.bdd_dir}' is not a folder; it must hold images/100k/ and labels/")
+    below = pictures_below(root / "images")
     names = set()
     listed = kept = 0
     found = Counter()
     for folder, files, pictures in label_files(root):
-        boxed = False
         for file, raw, error in progress(raw_records(files), "labels"):
             if error:
                 yield str(file), folder, dict(name=file.name), [("frame", "unreadable labels", str(error))]
                 continue
             listed += 1
-            boxed = boxed or any(isinstance(label, dict) and label.get("box2d") for label in labels_of(raw))
             record, problems = clean_record(raw)
             conditions = record["attributes"]
             found.update(f"{name} {value}" for name, value in conditions.items())
@@ -1233,16 +1310,15 @@ def bdd_records(cfg):
                 continue
             kept += 1
             name = record["name"]
-            if not name or name in names:
-                problems = [("frame", "duplicate name" if name else "no name", f"record {listed}, {file}")]
-            names.add(name)
             video = VIDEO.match(name) if pictures.parent.name == "track" else None
             path = pictures / video[1] / name if video else pictures / name
+            if not os.path.isfile(path):
+                # Folders in names may be written as in Windows.
+                path = below.get(PureWindowsPath(name).stem.lower()) or path
+            if not name or name in names or path in names:
+                problems = [("frame", "duplicate name" if name else "no name", f"record {listed}, {file}")]
+            names.update((name, path))
             yield str(path), folder, record, problems
-        # Masks, polygons and lane marks come in lists of the same form.
-        if not boxed:
-            raise UserError(f"{files[0]} holds not one box (box2d): take the detection labels, "
-                            "bdd100k_labels_images_*.json or det_20")
     if not listed:
         raise UserError(f"no labels found: expected {root}/labels/bdd100k_labels_images_train.json (or ..._val.json), "
                         "det_20/det_train.json, 100k/train/*.json or box_track_20/train/*.json")
@@ -1386,6 +1462,17 @@ class Frames:
         return json.loads(line)
 
 
+@contextlib.contextmanager
+def naming_the_file(folder):
+    """An error without the name of a file, such as that of a full disk, gets that of the file written to last."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise UserError(f"cannot write {max(folder.iterdir(), key=os.path.getmtime)}: {error}") from None
+
+
 def prepare(cfg):
     """Draw or read every frame, choose its commands, and write data_dir. Returns the content of meta.json.
 
@@ -1470,20 +1557,11 @@ def store_frames(folder, results, total, cfg):
     for what, count in (("frame", total), ("label", labels + lost["label"].total())):
         bad = lost[what].total()
         if bad > cfg.max_bad_share * count:
-@contextlib.contextmanager
-def naming_the_file(folder):
-    """An error without the name of a file, such as that of a full disk, gets that of the file written to last."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename:
-            raise
-        raise UserError(f"cannot write {max(folder.iterdir(), key=os.path.getmtime)}: {error}") from None
-
-
             kinds = ", ".join(f"{kind} {n}" for kind, n in lost[what].most_common(5))
-            raise UserError(f"{bad} of {count} {what}s are bad, over max_bad_share={cfg.max_bad_share}: {kinds}; "
-                            f"{folder}/rejected.csv lists them; mend them, or raise max_bad_share to do without them")
+            example = next(reason for _, cost, _, reason in rejected if cost == what)
+            raise UserError(f"{bad} of {count} {what}s are bad, over max_bad_share={cfg.max_bad_share}: {kinds}; the "
+                            f"first: {example}; {folder}/rejected.csv lists them; mend them, or raise max_bad_share to "
+                            "do without them")
     if crowded:
         print(f"{crowded} frames hold more than max_complexity={cfg.max_complexity} objects and are not used")
     if not splits:

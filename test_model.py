@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -27,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -756,7 +757,8 @@ def test_overrides_are_cast_to_the_type_of_their_setting(capsys):
     ("--dropout=1", "below 1"), ("--min_lr=5", "from 0 to 1"), ("--workers=-1", "0 or above"),
     ("--freeze_pictures=-2", "-1 or above"), ("--lora_rank=2", "--init_from"), ("--commands_stored=1", "at least 2"),
     ("--seed=9223372036854775808", "below 2**63"), ("--dpi=99999", "at most 1200"), ("batch_size=3", "--key=value"),
-    ("--min_pixels=0", "above 0"), ("--min_pixels=inf", "above 0"), ("--min_pixels=200", "image_size=128"),
+    ("--image_width=1e300", "below 2**63"), ("--min_pixels=0", "above 0"), ("--min_pixels=inf", "above 0"),
+    ("--min_pixels=200", "image_width=160"),
     ("--min_visible=2", "from 0 to 1"), ("--place_margin=0.17", "0.16"), ("--near_line=9", "from 0.01 to 1"),
     ("--far_height=1e-300", "from 0.01 to 1"), ("--close_height=1.5", "from 0.01 to 1")])
 def test_a_wrong_setting_is_one_line_that_says_what_would_work(arguments, says):
@@ -1715,6 +1717,116 @@ def test_a_bdd100k_folder_is_read_and_what_is_broken_is_named(tmp_path):
     assert [len(frames[f"train{i:02d}.jpg"]["labels"]) for i in range(2, 10)] == [0, 0, 0, 0, 0, 0, 1, 0]
 
 
+def renamed(folder, name):
+    """Every picture in a folder gets the name that the text `name` makes of its stem."""
+    for path in list(folder.iterdir()):
+        path.rename(folder / name.format(path.stem))
+
+
+def relabelled(path, change):
+    """Each record of a list of labels changed by change(record)."""
+    listed = json.loads(path.read_text())
+    path.write_text(json.dumps([change(record) for record in listed]))
+
+
+def beside(name, content):
+    """Puts another file beside the labels."""
+    return lambda root: (root / "labels" / name).write_text(content)
+
+
+LABELS, PICTURES = "labels/bdd100k_labels_images_{}.json", "images/100k/train"
+LANES = json.dumps([dict(name="a.jpg", labels=[dict(category="lane", poly2d=[[1, 2]])])])
+NOT_QUITE = {
+    "files in capitals": lambda root: renamed(root / PICTURES, "{}.JPG"),
+    "names in capitals": lambda root: relabelled(root / LABELS.format("train"),
+                                                 lambda record: dict(record, name=record["name"].upper())),
+    "names with folders": lambda root: relabelled(root / LABELS.format("train"),
+                                                  lambda record: dict(record, name="100k\\train\\" + record["name"])),
+    "pictures in the other folder": lambda root: [path.rename(root / "images/100k/val" / path.name)
+                                                  for path in list((root / PICTURES).iterdir())],
+    "hidden": beside("._bdd100k_labels_images_train.json", "\0\5"),
+    "COCO": beside("a_det_coco_train.json", '{"images": [{"id": 1}], "annotations": []}'),
+    "lanes": beside("a_lane_train.json", LANES), "broken": beside("a_train.json", "[{"),
+    "an archive": beside("a_train.json.zip", "PK"), "a folder": lambda root: (root / "labels/a_train.json").mkdir(),
+    "another layout": lambda root: [(root / "labels/det_20").mkdir(), (root / LABELS.format("train")).rename(
+        root / "labels/det_20/det_train.json"), beside("a_train.json", LANES)(root)],
+    "JSON lines": lambda root: (root / LABELS.format("train")).write_text("\n".join(
+        map(json.dumps, json.loads((root / LABELS.format("train")).read_text())))),
+    "a list with a name": lambda root: (root / LABELS.format("train")).write_text(
+        '{"name": "bdd", "frames": ' + (root / LABELS.format("train")).read_text() + "}")}
+
+
+@pytest.mark.parametrize("case", NOT_QUITE)
+def test_a_folder_that_is_not_quite_bdd100k_is_read_as_a_whole(tmp_path, case, capsys):
+    bdd_folder(tmp_path / "bdd")
+    NOT_QUITE[case](tmp_path / "bdd")
+    records = list(prepare.bdd_records(bdd_settings(tmp_path)))
+    assert len(records) == 26 and not any(problems for *_, problems in records)
+    assert len({path for path, *_ in records}) == 26
+    for path, _, record, _ in records:
+        assert Path(path).is_file() and Path(path).stem.lower() in record["name"].lower()
+    used = "det_train.json" if case == "another layout" else "bdd100k_labels_images_train.json"
+    assert re.search(f"train: the labels are read from .*{used}", capsys.readouterr().out)
+
+
+def test_what_is_not_there_is_said_with_an_example(tmp_path):
+    root = tmp_path / "bdd"
+    listed = bdd_folder(root)
+    (root / LABELS.format("train")).write_text(json.dumps(listed + [dict(listed[0], name="x/TRAIN00.JPG")]))
+    *_, problems = [record for record in prepare.bdd_records(bdd_settings(tmp_path)) if record[1] == "train"][-1]
+    assert problems[0][:2] == ("frame", "duplicate name"), "the same picture by another name"
+    relabelled(root / LABELS.format("train"), lambda record: dict(record, labels=[bdd_label("car", 0.1, 0.2, 0.9, 1)]))
+    refuses(lambda: prepare.prepare(bdd_settings(tmp_path)), "in shares", "car [0.1, 0.2, 0.9, 1.0] in 320x180")
+    for path in (root / PICTURES).iterdir():
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a")
+    refuses(lambda: prepare.prepare(bdd_settings(tmp_path)), "not a picture 20", "git lfs pull")
+    (root / LABELS.format("val")).write_text(LANES)
+    beside("a_val.json", "[{")(root)
+    refuses(lambda: prepare.prepare(bdd_settings(tmp_path)), "a_val.json", "images_val.json holds not one box")
+    for path in [*root.rglob("*.jpg"), root / LABELS.format("val"), root / "labels/a_val.json"]:
+        path.unlink()
+    refuses(lambda: prepare.prepare(bdd_settings(tmp_path, max_bad_share=0.9)), "there is no picture")
+    refuses(lambda: prepare.prepare(bdd_settings(tmp_path, max_bad_share=1.0)), "not one picture is left")
+
+
+def test_only_one_folder_that_tests_alone_is_prepared_and_not_trained_on(tmp_path):
+    root = tmp_path / "bdd"
+    bdd_folder(root)
+    (root / LABELS.format("train")).unlink()
+    cfg = bdd_settings(tmp_path, val_is_test=True, row_tokens=64)
+    meta = prepare.prepare(cfg)
+    assert meta["splits"] == dict(test=6) and min(meta["std"]) > 0
+    refuses(lambda: train.train(cfg), "no training commands")
+
+
+@pytest.mark.parametrize("damage, kind", [
+    (dict(frames={"x": 1}), "malformed record"), (dict(frames=7), "malformed record"),
+    (dict(frames=[dict(objects=[]), dict(objects=[])]), "malformed record"), (dict(frames=[1]), "malformed record"),
+    (dict(labels=7), "malformed label"), (dict(labels="car"), "malformed label"),
+    (dict(labels={"a": 1}), "malformed label")])
+def test_labels_of_another_form_are_named_and_never_an_empty_scene(damage, kind):
+    _, problems = prepare.clean_record(dict(name="a.jpg", **damage))
+    assert [problem[1] for problem in problems] == [kind]
+
+
+def test_a_full_disk_is_foreseen_or_named(tmp_path, monkeypatch):
+    cfg = config.from_args([], num_scenes=3, num_ood_scenes=0, data_dir=str(tmp_path), workers=1)
+    for changes in (dict(num_scenes=10 ** 15), dict(image_width=16 * 10 ** 11)):
+        refuses(lambda: prepare.prepare(changed(cfg, **changes)), "images.bin", "GB are free")
+
+    def full(frame):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(prepare.json, "dumps", full)
+    refuses(lambda: prepare.prepare(cfg), str(tmp_path / "unfinished"), "No space left")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this system does not tell")
+def test_workers_are_as_many_as_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    monkeypatch.setattr(prepare.multiprocessing, "get_context", None)     # one core: no other process is started
+    assert list(prepare.parallel(abs, range(-100, 0), changed(DEFAULTS, workers=0), "numbers", 100))[0] == 100
+
+
 def test_refused_or_failed_runs_leave_the_old_data(tmp_path):
     root, out = tmp_path / "bdd", tmp_path / "out"
     bdd_folder(root)
@@ -1766,7 +1878,9 @@ WHOLE = [json.dumps(RECORDS), "[]", json.dumps(RECORDS, indent=2, ensure_ascii=F
          json.dumps(dict(frames=RECORDS, config=dict(imageSize=None)))]
 BROKEN = [*(WHOLE[0][:cut] for cut in (0, 1, 10, len(WHOLE[0]) // 2, len(WHOLE[0]) - 2, len(WHOLE[0]) - 1)),
           '{"images": []}', '{"frames": 1}', '{"frames": [1]}', "[1, 2]", "hello", '["a"]', '[{"name": }]',
-          "[nonsense]", '[{"name": "\udcff\udcfe"}]', "[" * 100_000]
+          "[nonsense]", '[{"name": "\udcff\udcfe"}]', "[" * 100_000, '[{"name": "a"}]x', '[{"name": "a"}]\n[]',
+          '[{"labels": [], "labels": [1]}]', '{"name": "a"}\n[]', '{"name": "a"}\n{"na',
+          '{"frames": [{}], "frames": []}']
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
@@ -1779,6 +1893,10 @@ def test_streaming_equals_loading_or_names_the_file(tmp_path, chunk):
             else:
                 loaded = json.loads(text)
                 assert list(prepare.stream_records(path, chunk)) == (loaded["frames"] if text[0] == "{" else loaded)
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, [RECORDS[0]] * 3)).encode()))
+    assert list(prepare.stream_records(path, chunk)) == [RECORDS[0]] * 3
+    path.write_bytes(gzip.compress(b'{"name": "a", "frames": [], "labels": [1]}'))
+    assert list(prepare.stream_records(path, chunk)) == [dict(name="a", frames=[], labels=[1])]
     path.write_bytes(gzip.compress(WHOLE[0].encode())[:-9])
     refuses(lambda: list(prepare.stream_records(path, chunk)), "list.json.gz")
     refuses(lambda: list(prepare.stream_records(tmp_path / "absent.json", chunk)), "absent.json")
@@ -1818,6 +1936,7 @@ def test_one_frame_in_every_format_is_one_record(tmp_path):
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(content))
         (file.parent / "b.json").write_text("{half")                       # one of many files costs its frame alone
+        (file.parent / f"._{file.name}").write_text("{half")               # a hidden one costs none
         cfg = config.from_args([], source="bdd100k", bdd_dir=str(root), weather="", timeofday="")
         (picture, split, found, problems), *others = prepare.bdd_records(cfg)
         tracked = path.startswith("box_track")
@@ -1892,6 +2011,53 @@ def test_pictures_of_every_kind_become_upright_rgb_or_are_refused_by_name(tmp_pa
         assert above > 200 and below < 50
     for name in (".", "absent.jpg"):
         refuses(lambda: prepare.load_picture(tmp_path / name), str(tmp_path / name))
+
+
+def test_every_orientation_is_turned_upright(tmp_path):
+    upright = Image.fromarray(np.arange(96, dtype=np.uint8).reshape(8, 12) * 2).convert("RGB")
+    for orientation in range(1, 9):
+        for ending in ("png", "tif", "jpg"):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            path = tmp_path / f"{orientation}.{ending}"
+            upright.save(path, exif=exif, quality=100)
+            with Image.open(path) as stored:
+                expected = ImageOps.exif_transpose(stored)
+            picture, sides = prepare.picture_and_sides(path)
+            assert (np.asarray(picture) == np.asarray(expected)).all() and sides == picture.size == expected.size
+
+
+def test_a_picture_is_read_or_rejected_alone_whatever_pillow_says(tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (40, 60), (200, 30, 60)).save(path)
+    content = path.read_bytes()
+    # An ASCII resolution beside the orientation.
+    tiff = b"II*\0\10\0\0\0\2\0" + struct.pack("<HHI4sHHII", 0x011a, 2, 3, b"72", 0x0112, 3, 1, 6) + bytes(4)
+    path.write_bytes(content[:2] + b"\xff\xe1" + struct.pack(">H", len(tiff) + 8) + b"Exif\0\0" + tiff + content[2:])
+    assert prepare.load_picture(path).size == (60, 40)
+    # The limit is on what is held in memory, which is less than the picture where a JPEG's decoder makes it smaller.
+    assert prepare.MAX_PIXELS > 8192 * 6144, "the photos of a usual phone"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "MAX_PIXELS", 10_000)
+        for name, progressive, read in (("b.jpg", False, True), ("b.jpg", True, False), ("b.png", False, False)):
+            Image.new("L", (400, 300)).save(tmp_path / name, progressive=progressive)
+            if read:
+                assert prepare.picture_and_sides(tmp_path / name, 16)[1] == (400, 300)
+            else:
+                refuses(lambda: prepare.load_picture(tmp_path / name, 16), "400x300 pixels")
+    for name, content, says in (("a.heic", b"\0\0\0\x18ftypheic" + bytes(99), "HEIC"), ("b.jpg", b"", "empty"),
+                                ("c.jpg", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")):
+        (tmp_path / name).write_bytes(content)
+        refuses(lambda: prepare.load_picture(tmp_path / name), name, says)
+    Image.new("RGB", (40, 60)).save(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "getexif", lambda image: image.no_such)
+        assert prepare.load_picture(path).size == (40, 60), "damaged EXIF data cost the orientation alone"
+    for kind in (TypeError, NotImplementedError, RuntimeError, MemoryError, KeyError, struct.error, ZeroDivisionError):
+        def fail(*_, kind=kind):
+            raise kind
+        monkeypatch.setattr(Image.Image, "convert", fail)
+        refuses(lambda: prepare.load_picture(path), "a.jpg", kind.__name__)
 
 
 def test_mutated_labels_are_read_or_refused_by_name(tmp_path):
