@@ -657,7 +657,7 @@ def attack(subject, pictures, prompts, truth, size, steps):
 # ---- robustness: the studies ----
 
 def elsewhere(box, width, height, rng):
-    """A box as large as box (x1, y1, x2, y2) in a picture of that size that does not touch it; None if none is found."""
+    """A box as large as box (x1, y1, x2, y2) in such a picture that does not touch it; None if none is found."""
     x1, y1, x2, y2 = box
     w, h = x2 - x1, y2 - y1
     for _ in range(40):

@@ -156,12 +156,12 @@ PRESETS = {
     # One GPU: PaliGemma-like proportions at ImageNet resolution, under 50M parameters.
     "base": dict(image_width=288, image_height=176, patch_size=16, stem_width=64, min_pixels=12.0, vision_dim=384,
                  vision_layers=8, vision_heads=6, vision_ffn_dim=1536, text_dim=384, text_layers=6, text_head_dim=64,
-                 text_ffn_dim=1024, batch_size=64, lr=1e-3, lr_projection=5e-4, lr_vision=5e-4, see_pictures=160_000,
-                 read_pictures=224_000, warmup_pictures=6_400, eval_every=64_000, prefetch=4, out_dir="out/base",
+                 text_ffn_dim=1024, batch_size=64, lr=1e-3, lr_projection=5e-4, lr_vision=5e-4, see_pictures=256_000,
+                 read_pictures=128_000, warmup_pictures=6_400, eval_every=64_000, prefetch=4, out_dir="out/base",
                  data_dir="data_base"),
     # python ablate.py: a run takes a minute or two on one core, so that many fit; scenes hold at most four objects.
-    "ablation": dict(image_width=80, image_height=48, patch_size=8, stem_width=16, min_pixels=6.0, max_complexity=4, num_scenes=24000,
-                     num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2, vision_ffn_dim=128,
+    "ablation": dict(image_width=80, image_height=48, patch_size=8, stem_width=16, min_pixels=6.0, max_complexity=4,
+                     num_scenes=24000, num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2, vision_ffn_dim=128,
                      text_dim=64, text_layers=2, text_heads=4, text_ffn_dim=128, row_tokens=64,
                      descriptions_per_image=1, see_pictures=14_400, read_pictures=11_200, warmup_pictures=800, lr=8e-3,
                      lr_projection=3e-3, lr_vision=2e-3, eval_every=3_200, log_every=800, eval_items=800,
@@ -181,8 +181,8 @@ LEAST = sys.float_info.min    # the least number above 0
 KINDS = (
     ("a whole number above 0, below 2**63", int, 1, LONGEST, """
         image_width image_height num_scenes commands_stored max_describe min_cell patch_size stem_width vision_dim
-        vision_layers vision_heads vision_ffn_dim text_dim text_layers text_heads text_kv_heads text_head_dim text_ffn_dim max_text
-        batch_size grad_accum row_tokens read_pictures prefetch eval_every save_top log_every eval_batch
+        vision_layers vision_heads vision_ffn_dim text_dim text_layers text_heads text_kv_heads text_head_dim text_ffn_dim
+        max_text         batch_size grad_accum row_tokens read_pictures prefetch eval_every save_top log_every eval_batch
         bootstrap sample_items probe_items head_items dpi beam max_new_tokens seeds"""),
     ("a whole number, 0 or above, below 2**63", int, 0, LONGEST, """
         workers num_ood_scenes scene_seed max_complexity seed descriptions_per_image see_pictures warmup_pictures

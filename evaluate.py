@@ -273,7 +273,7 @@ def calibration(odds, truth):
 class Subject:
     """A trained model with all that asking it needs.
 
-    .model .cfg .tokenizer .state (of the checkpoint) .device .dtype .why (this dtype) .grid: (rows, columns) of patches;
+    .model .cfg .tokenizer .state (of the checkpoint) .device .dtype .why (this dtype) .grid: rows and columns of patches;
     .blank: a picture (h, w, 3) of the mean colour. A job is (picture, [prompts]): a picture as uint8 (h, w, 3), and
     the commands about it as lists of ids. Jobs may come from a generator: they are taken a batch at a time.
     """
@@ -810,7 +810,7 @@ def looks(subject, asked, chosen, model=None):
 
 
 def baseline_maps(look, picture, untrained, grid):
-    """{name: maps (m, P)} of looks that know less than the model's own. picture (n,): of each question; grid: (rows, columns).
+    """{name: maps (m, P)} of looks that know less than the model's own. picture (n,): of each question.
 
     Another command's map is that of a word for another kind in the same picture; another picture's map is that of a
     word for the same kind. Where there is none, the map is uniform.
@@ -1381,8 +1381,8 @@ def opened(cfg):
         return subject, None
     other = Subject(type(cfg)(**dict(vars(cfg), checkpoint=cfg.against)))
     if other.tokenizer.words != subject.tokenizer.words or other.blank.shape != subject.blank.shape:
-        raise UserError(f"{cfg.against} has another vocabulary or size of pictures: the two cannot be compared on the same "
-                        "data")
+        raise UserError(f"{cfg.against} has another vocabulary or size of pictures: the two cannot be compared on "
+                        "the same data")
     return subject, other
 
 

@@ -1146,7 +1146,7 @@ def lamp_colour(given):
 
 
 def fit_record(record, width, height, size):
-    """A clean record with its boxes cut to the picture (width, height) and scaled to one of `size`, and new problems."""
+    """A clean record with its boxes cut to the picture (width, height) and scaled to `size`, and new problems."""
     labels = []
     problems = []
     for label in record["labels"]:
@@ -1721,7 +1721,7 @@ def read_items(folder, name):
 
 
 def stored_images(cfg, meta):
-    """The stored pictures (meta["frames"], height, width, 3) uint8 in RGB, read from the disk when they are looked at."""
+    """The stored pictures (meta["frames"], h, w, 3) uint8 in RGB, read from the disk when they are looked at."""
     # images.bin holds the numbers alone; their shape is known from the settings and from meta.json.
     shape = (meta["frames"], cfg.image_height, cfg.image_width, 3)
     return np.memmap(Path(cfg.data_dir) / "images.bin", np.uint8, "r", shape=shape)

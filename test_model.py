@@ -85,6 +85,7 @@ SETS = ("train", "val", "test", "ood", "test_words", "test_combos")
 DEFAULTS = config.from_args()
 # Boxes that tests write by hand are of square pictures of 128 pixels.
 SIZE = 128
+SHAPE = prepare.size_of(DEFAULTS)
 HAND = config.from_args([], image_width=SIZE, image_height=SIZE)
 SMALL = dict(vision_dim=32, vision_heads=1, vision_layers=1, vision_ffn_dim=64, stem_width=8, text_dim=32, text_heads=2,
              text_kv_heads=1, text_head_dim=16, text_layers=1, text_ffn_dim=32, batch_size=4, row_tokens=72,
@@ -1337,11 +1338,11 @@ def hours_and_weathers(name):
 @pytest.mark.parametrize("name", ["scene-000001", "scene-000004", "scene-000008"])
 def test_an_edit_leaves_the_other_pixels_alone_in_every_weather_and_at_every_hour(name):
     for spec in hours_and_weathers(name).values():
-        picture = prepare.draw_scene(spec, (160, 96))
+        picture = prepare.draw_scene(spec, SHAPE)
         for i, o in enumerate(spec["objects"]):
             without = prepare.apply_edit(spec, dict(remove=[i], add=[]))
-            changes = (prepare.draw_scene(without, (160, 96)) != picture).any(-1)
-            assert not (changes & ~touched(spec, o, (160, 96))).any(), (spec["weather"], spec["timeofday"], o)
+            changes = (prepare.draw_scene(without, SHAPE) != picture).any(-1)
+            assert not (changes & ~touched(spec, o, SHAPE)).any(), (spec["weather"], spec["timeofday"], o)
 
 
 def test_at_night_paint_and_sky_are_dark_while_a_lamp_is_bright():
@@ -1349,9 +1350,9 @@ def test_at_night_paint_and_sky_are_dark_while_a_lamp_is_bright():
     light = dict(kind="light", x=0.0, y=3.0, z=16.0, w=1.2, h=1.6, d=0.0, facing="side", colour="red", look=1)
     for (weather, hour), spec in hours_and_weathers("scene-000004").items():
         spec.update(plain, objects=[], crosswalk=2.2)
-        x1, y1, x2, y2 = (round(side * v) for v, side in zip(prepare.object_box(spec, light), (160, 96, 160, 96)))
-        street = prepare.draw_scene(spec, (160, 96)).max(-1)
-        lit = prepare.draw_scene(dict(spec, objects=[light]), (160, 96))[y1:y2, x1:x2, 0]
+        x1, y1, x2, y2 = (round(side * v) for v, side in zip(prepare.object_box(spec, light), SHAPE + SHAPE))
+        street = prepare.draw_scene(spec, SHAPE).max(-1)
+        lit = prepare.draw_scene(dict(spec, objects=[light]), SHAPE)[y1:y2, x1:x2, 0]
         horizon = int(96 * spec["horizon"])
         sky, low_sky, paint = street[:15].mean(), street[horizon - 3:horizon].mean(), street[-6:].max()
         if hour == "night":
@@ -1369,7 +1370,7 @@ def test_fog_hides_with_distance():
         changes = {}
         for weather, z in itertools.product(("clear", "foggy"), (6, 20, 45)):
             cars = [[dict(car, z=z, colour=colour)] for colour in ((20, 20, 22), (230, 230, 230))]
-            dark, pale = (prepare.draw_scene(dict(spec, weather=weather, objects=o), (160, 96)).astype(int) for o in cars)
+            dark, pale = (prepare.draw_scene(dict(spec, weather=weather, objects=o), SHAPE).astype(int) for o in cars)
             changes[weather, z] = np.abs(dark - pale).max()
         assert changes["foggy", 6] > 2 * changes["foggy", 20] > 2 * changes["foggy", 45], (hour, changes)
         assert changes["foggy", 45] < 0.2 * changes["clear", 45], (hour, changes)
@@ -2042,9 +2043,9 @@ def test_a_picture_is_read_or_rejected_alone_whatever_pillow_says(tmp_path, monk
         for name, progressive, read in (("b.jpg", False, True), ("b.jpg", True, False), ("b.png", False, False)):
             Image.new("L", (400, 300)).save(tmp_path / name, progressive=progressive)
             if read:
-                assert prepare.picture_and_sides(tmp_path / name, 16)[1] == (400, 300)
+                assert prepare.picture_and_sides(tmp_path / name, (16, 16))[1] == (400, 300)
             else:
-                refuses(lambda: prepare.load_picture(tmp_path / name, 16), "400x300 pixels")
+                refuses(lambda: prepare.load_picture(tmp_path / name, (16, 16)), "400x300 pixels")
     for name, content, says in (("a.heic", b"\0\0\0\x18ftypheic" + bytes(99), "HEIC"), ("b.jpg", b"", "empty"),
                                 ("c.jpg", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")):
         (tmp_path / name).write_bytes(content)
@@ -2693,7 +2694,8 @@ def test_training_starts_from_the_weights_of_another_run(trained, tmp_path, caps
     run, state = train.Run(start, data, torch.device("cpu")), train.load_checkpoint(best)
     assert same(run.model.state_dict(), state["model"]) and same(run.tagger.state_dict(), state["tagger"])
     assert f"starting from {best}, trained for 2 updates on drawn scenes" in capsys.readouterr().out
-    larger = train.Run(changed(start, image_width=64, image_height=48), data, torch.device("cpu")).model.vision.positions
+    larger = changed(start, image_width=64, image_height=48)
+    larger = train.Run(larger, data, torch.device("cpu")).model.vision.positions
     assert torch.equal(larger, train.resize_positions(state["model"]["vision.positions"], (4, 4), (6, 8)))
     side = torch.arange(4.0)
     column_and_row = torch.stack((side.repeat(4), side.repeat_interleave(4)), -1)           # (16, 2)
