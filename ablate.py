@@ -367,6 +367,7 @@ def run_one(settings, variant, exam):
     start = time.time()
     with open(folder / "train.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         settings.resume = (folder / "last.pt").exists()
+        settings.overwrite = True
         train.train(settings, variant.model, variant.data)
         measures = exam.measure(Subject(settings, variant.model), variant.maps)
     seconds = round(time.time() - start, 1)
@@ -380,10 +381,8 @@ def run_one(settings, variant, exam):
 def ablate(cfg):
     """Train and measure all runs that are not finished yet, write the table and the figures; returns the table.
 
-    Raises UserError for more than 20 seeds, a variant that does not exist, or if every run fails.
+    Raises UserError for a variant that does not exist, or if every run fails.
     """
-    if cfg.seeds > 20:
-        raise UserError(f"seeds={cfg.seeds}: with n seeds a sign-flip test tries 2^n signs, so take at most 20")
     known = variants(cfg)
     names = config.listed(cfg.variants, known, "no variant") or known
     # "full" comes first, since the others are compared with it.
@@ -1008,10 +1007,9 @@ JOBS = {"robustness": robustness, "bench": bench, "lr_range": lr_range}
 
 
 def main(cfg):
-    for name, job in JOBS.items():
-        if getattr(cfg, name):
-            return job(cfg)
-    return ablate(cfg)
+    job = next((job for name, job in JOBS.items() if getattr(cfg, name)), ablate)
+    with config.locked(cfg.out_dir):
+        job(cfg)
 
 
 if __name__ == "__main__":

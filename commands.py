@@ -12,6 +12,9 @@
 
 Three-valued logic: S. C. Kleene, Introduction to Metamathematics (1952), section 64.
 """
+import difflib
+import functools
+import itertools
 import random
 import re
 from collections import Counter, namedtuple
@@ -19,6 +22,7 @@ from collections import Counter, namedtuple
 import numpy as np
 
 import config
+from config import UserError
 
 FALSE, UNSURE, TRUE = 0, 1, 2      # truth, ordered: AND is min, OR is max, NOT is 2 - x, on numbers and on arrays alike
 PLACES = ("left", "ahead", "right")
@@ -224,7 +228,7 @@ AT = {"left": "on the left", "ahead": "ahead", "right": "on the right"}
 
 
 def article(noun):
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    return f"an {noun}" if noun[:1] in "aeiou" else f"a {noun}"
 
 
 def noun_of(thing):
@@ -489,16 +493,24 @@ class Question(namedtuple("Question", "template first second", defaults=("", "")
 
     def words(self, rng, paraphrase=None):
         """The command in words; `paraphrase`: index into the template's, by default drawn from the trained ones."""
-        forms = TEMPLATES[self.template].paraphrases
+        forms = self.forms()
         form = rng.choice(forms[:-1]) if paraphrase is None else forms[paraphrase]
-        fill = dict(d=self.first, side=SIDE.get(self.first))
-        fill["c"] = rng.choice(COLOUR_WORDS.get(self.first, ("",)))
-        fill["at"] = rng.choice(PLACE_WORDS.get(self.second, ("",)))
-        for name, with_article, bare in ((self.category, "a", "n"), (self.other, "b", "m")):
-            if name:
-                fill[bare] = rng.choice(NOUNS[name]) if name in NOUNS else name
-                fill[with_article] = article(fill[bare])
-        return form.format(**fill)
+        return form.format(**self.fill(*map(rng.choice, self.names())))
+
+    def forms(self):
+        return TEMPLATES[self.template].paraphrases if self.template in TEMPLATES else DESCRIPTIONS[self.template]
+
+    def names(self):
+        """All words for each thing that the command names: a colour, a place, the first and the second object."""
+        place = self.place if self.template.endswith("_at") else ""
+        objects = [NOUNS[name] for name in (self.category, self.other) if name in NOUNS]
+        return COLOUR_WORDS.get(self.first, ("",)), PLACE_WORDS.get(place, ("",)), *objects
+
+    def fill(self, colour, place, first="", second=""):
+        """What stands in a form's braces, for one word of each of names()."""
+        second = second or self.other
+        return dict(d=self.first, side=SIDE.get(self.first), c=colour, at=place, n=first, a=article(first), m=second,
+                    b=article(second))
 
 
 def question_of(item):
@@ -536,6 +548,53 @@ def vocabulary():
         texts += [text for forms in group.values() for text in forms]
     texts += [*SIDE.values(), "a an no one is and or , : ? near far on in view nothing blocks light the"]
     return sorted({word for text in texts for word in re.sub(r"\{\w+\}", " ", text).split()})
+
+
+# ---- understanding what is typed ----
+
+def only_words(text):
+    """The words of a text in small letters, without marks."""
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+
+
+@functools.lru_cache
+def askable():
+    """{words of a command: (template, command)} of everything that can be asked."""
+    found = {}
+    described = [Question("describe"), *(Question("describe_at", place) for place in PLACES),
+                 *(Question("where", category) for category in CATEGORIES)]
+    for question in described + QUESTIONS:
+        for form, *names in itertools.product(question.forms(), *question.names()):
+            fill = question.fill(*names)
+            command = form.format(**fill)
+            said = [command]
+            if question.template in ("and", "or"):          # the other order means the same
+                said.append(form.format(**dict(fill, a=fill["b"], b=fill["a"])))
+            found.update({only_words(text): (question.template, command) for text in said})
+    return found
+
+
+def understood(text):
+    """The commands that answer what is typed: one, or three for the colour of the light.
+
+    Raises UserError, with the nearest that can be asked, for what is not in the grammar: the model would answer it too.
+    """
+    typed = only_words(text)
+    known = askable()
+    if typed in known:
+        return [known[typed][1]]
+    if re.fullmatch("wh(at|ich) (is the )?colou?r (is|of|does) the (traffic |stop)?(light|signal)( show| now)?", typed):
+        return [f"is the light {colour}" for colour in COLOURS]
+    words, lexicon = typed.split(), vocabulary()
+    meant = {match for word in words for match in difflib.get_close_matches(word, lexicon, 1, 0.75)}
+    examples = {}                                           # of each template, the one that differs in the fewest words
+    for own in sorted(known, key=lambda own: len(meant ^ {*own.split()})):
+        template, command = known[own]
+        examples.setdefault(template, f"'{command}?'")
+    unknown = ", ".join(word for word in words if word not in lexicon)
+    why = f" (words that it does not know: {unknown})" if unknown else ""
+    raise UserError(f"the model has not learned to answer '{text}'{why}; ask, for example, "
+                    f"{' or '.join([*examples.values()][:3])}")
 
 
 # ---- reading a reason back ----

@@ -10,13 +10,21 @@
     python train.py --help
 """
 import ast
+import contextlib
 import difflib
 import hashlib
 import json
+import os
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 # ---- run: where and how a script runs; a resumed run may change these ----
 preset = "default"            # group of settings to start from: default (2 CPU cores, minutes) or base (one GPU)
@@ -121,6 +129,7 @@ save_top = 1                  # number of best checkpoints to keep; above 1, the
 log_every = 800               # pictures between log lines
 tensorboard = False           # also write TensorBoard events (needs the tensorboard package)
 resume = False                # continue from out_dir/last.pt, or from the file that --checkpoint names
+overwrite = False             # train anew in an out_dir that holds a run, whose checkpoints and log are lost
 
 # ---- evaluation ----
 checkpoint = ""               # file to evaluate, to answer with or to export; empty = out_dir/best.pt
@@ -161,8 +170,8 @@ PRESETS = {
                  data_dir="data_base"),
     # python ablate.py: a run takes a minute or two on one core, so that many fit; scenes hold at most four objects.
     "ablation": dict(image_width=80, image_height=48, patch_size=8, stem_width=16, min_pixels=6.0, max_complexity=4,
-                     num_scenes=24000, num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2, vision_ffn_dim=128,
-                     text_dim=64, text_layers=2, text_heads=4, text_ffn_dim=128, row_tokens=64,
+                     num_scenes=24000, num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2,
+                     vision_ffn_dim=128, text_dim=64, text_layers=2, text_heads=4, text_ffn_dim=128, row_tokens=64,
                      descriptions_per_image=1, see_pictures=14_400, read_pictures=11_200, warmup_pictures=800, lr=8e-3,
                      lr_projection=3e-3, lr_vision=2e-3, eval_every=3_200, log_every=800, eval_items=800,
                      sample_items=600, out_dir="out/ablation", data_dir="data_ablation"),
@@ -180,27 +189,37 @@ LEAST = sys.float_info.min    # the least number above 0
 # stands in no row, such as one that you add, may be any value of its default's type.
 KINDS = (
     ("a whole number above 0, below 2**63", int, 1, LONGEST, """
-        image_width image_height num_scenes commands_stored max_describe min_cell patch_size stem_width vision_dim
-        vision_layers vision_heads vision_ffn_dim text_dim text_layers text_heads text_kv_heads text_head_dim text_ffn_dim
-        max_text         batch_size grad_accum row_tokens read_pictures prefetch eval_every save_top log_every eval_batch
-        bootstrap sample_items probe_items head_items dpi beam max_new_tokens seeds"""),
+        image_width image_height num_scenes commands_stored max_describe min_cell"""),
     ("a whole number, 0 or above, below 2**63", int, 0, LONGEST, """
-        workers num_ood_scenes scene_seed max_complexity seed descriptions_per_image see_pictures warmup_pictures
-        lora_rank eval_items early_stopping"""),
-    ("a whole number, -1 or above, below 2**63", int, -1, LONGEST, "freeze_pictures"),
-    ("a number above 0", float, LEAST, MOST, """
-        min_pixels rope_theta lr lr_projection lr_vision eps answer_weight yes_weight"""),
-    ("a number, 0 or above", float, 0, MOST, """
-        tag_weight weight_decay grad_clip focal_gamma entropy_weight contrast_weight"""),
+        workers num_ood_scenes scene_seed max_complexity seed"""),
+    ("a whole number from 1 to 1,000,000", int, 1, 10 ** 6, """
+        stem_width vision_dim vision_ffn_dim text_dim text_ffn_dim batch_size grad_accum save_top eval_batch
+        sample_items probe_items head_items"""),
+    ("a whole number from 1 to 10,000", int, 1, 10_000, """
+        patch_size vision_layers vision_heads text_layers text_heads text_kv_heads text_head_dim max_new_tokens
+        prefetch max_text row_tokens bootstrap"""),
+    # With n seeds a sign-flip test tries 2^n signs.
+    ("a whole number from 1 to 20", int, 1, 20, "beam seeds"),
+    ("a whole number from 30 to 1200; 300 is enough for print", int, 30, 1200, "dpi"),
+    ("a whole number from 1 to 10^12", int, 1, 10 ** 12, "read_pictures eval_every log_every"),
+    ("a whole number from 0 to 10^12", int, 0, 10 ** 12, """
+        see_pictures warmup_pictures descriptions_per_image eval_items early_stopping lora_rank"""),
+    ("a whole number from -1 to 10^12", int, -1, 10 ** 12, "freeze_pictures"),
+    ("a number above 0", float, LEAST, MOST, "min_pixels"),
+    ("a number from 1 to 10^9", float, 1, 1e9, "rope_theta"),
+    ("a number above 0, up to 1", float, LEAST, 1, "lr lr_projection lr_vision eps"),
+    ("a number from 0 to 1000", float, 0, 1000, """
+        answer_weight yes_weight tag_weight weight_decay grad_clip focal_gamma entropy_weight contrast_weight"""),
     ("a number from 0.01 to 1", float, 0.01, 1, "near_line far_line near_height far_height close_height"),
     ("a number from 0 to 1", float, 0, 1, "max_bad_share min_visible maybe_share block_share min_lr flip"),
     ("a number from 0 to 0.16, about half of a third", float, 0, 0.16, "place_margin"),
     ("a number from 0 to below 1", float, 0, 1 - 1e-9, "dropout beta1 beta2 crop jitter label_smoothing"),
     ("True or False", bool, None, None, """
-        keep_undefined val_is_test tensorboard resume compile bench lr_range robustness page"""),
+        keep_undefined val_is_test tensorboard resume overwrite compile bench lr_range robustness page"""),
+    ("a path", str, None, None, "out_dir data_dir bdd_dir init_from checkpoint against export image"),
     ("a text", str, None, None, """
-        preset device dtype attention out_dir data_dir source bdd_dir weather timeofday scene stem vision_positions ffn
-        schedule init_from checkpoint split against image command command2 variants export"""),
+        preset device dtype attention source weather timeofday scene stem vision_positions ffn schedule split command
+        command2 variants"""),
 )
 KIND_OF = {name: tuple(kind) for *kind, names in KINDS for name in names.split()}
 
@@ -264,8 +283,10 @@ def typed(name, value):
         value = int(value)
     if kind is float and type(value) is int and abs(value) <= MOST:
         value = float(value)
-    if type(value) is not kind or (kind in (int, float) and not least <= value <= most):
+    if type(value) is not kind or "\0" in str(value) or (kind in (int, float) and not least <= value <= most):
         raise UserError(f"{name} wants {words}, got {value!r}")
+    if words == "a path":
+        value = os.path.expanduser(value)       # a shell leaves the ~ of --out_dir=~/runs as it is
     choices = CHOICES.get(name, (value,))
     if value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}" + nearest(value, choices))
@@ -312,7 +333,7 @@ def check(cfg):
          f"text_heads={cfg.text_heads} is not divisible by text_kv_heads={cfg.text_kv_heads}")
     need(cfg.text_head_dim % 2 == 0, f"text_head_dim must be even (RoPE rotates pairs), got {cfg.text_head_dim}")
     need(cfg.commands_stored >= 2, f"commands_stored must be at least 2, one YES and one NO, got {cfg.commands_stored}")
-    need(cfg.dpi <= 1200, f"dpi must be at most 1200, got {cfg.dpi}: 300 is enough for print")
+    need(cfg.out_dir and cfg.data_dir, "out_dir and data_dir name folders: neither may be empty; . is this folder")
     need(not cfg.lora_rank or cfg.init_from,
          f"lora_rank={cfg.lora_rank} learns small changes of a trained model: give one with --init_from=FILE")
     return cfg
@@ -368,25 +389,72 @@ def describe(values):
     return "\n".join(lines)
 
 
+def take_lock(file):
+    """Whether this process has the lock of an open file now. The system takes it back, however the process ends."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass                                    # some network folders have no locks
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder, waits=False):
+    """Inside `with` this process alone works in `folder`, which is made. While another one does, wait for its end or
+    raise UserError."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w", encoding="utf-8") as file:
+        while not take_lock(file):
+            if not waits:
+                raise UserError(f"another process works in {folder}: wait until it has ended, or choose another folder")
+            print(f"waiting for another process, which works in {folder}", flush=True)
+            time.sleep(2)
+        yield
+
+
+@contextlib.contextmanager
+def for_people():
+    """What goes wrong inside `with` ends the script as people expect: UserError, OSError and a lack of memory with one
+    line and status 2, Ctrl-C with status 130, and a reader of its output that has left, such as `head`, with 141."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")       # for letters that the terminal lacks
+    status = 2
+    try:
+        yield
+        print(end="", flush=True)
+        return
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        status = 141
+    except (UserError, OSError) as error:
+        print("error:", *str(error).splitlines(), file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|(can't|unable to) allocate", str(error)):
+            raise
+        why = " ".join(str(error).splitlines()[:1])[:120]
+        print("error: the memory is full: to train, halve --batch_size and double --grad_accum, which learns the same; "
+              f"to evaluate, halve --eval_batch ({why})", file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:
+        # Python would try to write the rest again as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
 def run(main, doc, preset=None):
-    """Run a script: main(cfg) with the command line's settings. UserError and OSError become one line and status 2.
+    """Run a script, see for_people: main(cfg) with the command line's settings.
 
     preset: the one to start from unless the command line names another; by default that of this file.
     """
-    try:
+    with for_people():
         main(from_args(sys.argv[1:], doc, preset))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if not re.search("out of memory|(can't|[Uu]nable to) allocate", text):
-            raise
-        print(f"error: the memory is full: to train, halve --batch_size and double --grad_accum, which learns the same;"
-              f" to evaluate, halve --eval_batch ({text.splitlines()[0][:120]})", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(cfg):

@@ -273,9 +273,10 @@ def calibration(odds, truth):
 class Subject:
     """A trained model with all that asking it needs.
 
-    .model .cfg .tokenizer .state (of the checkpoint) .device .dtype .why (this dtype) .grid: rows and columns of patches;
-    .blank: a picture (h, w, 3) of the mean colour. A job is (picture, [prompts]): a picture as uint8 (h, w, 3), and
-    the commands about it as lists of ids. Jobs may come from a generator: they are taken a batch at a time.
+    .model .cfg .tokenizer .state (of the checkpoint) .device .dtype .why (this dtype) .grid: (rows, columns)
+    of patches; .blank: a picture (h, w, 3) of the mean colour. A job is (picture, [prompts]): a picture as uint8
+    (h, w, 3), and the commands about it as lists of ids. Jobs may come from a generator: they are taken a batch at a
+    time.
     """
 
     def __init__(self, cfg, make_model=VLM):
@@ -1181,7 +1182,7 @@ def failures(subject, asked, odds):
         question = asked.questions[i]
         view = asked.view(i)
         pieces = parts(question, view)
-        count = len(commands.TEMPLATES[question.template].paraphrases)
+        count = len(question.forms())
         words = [question.words(rng, k) for k in range(count)]
         words += [piece.words(rng, 0) for piece in pieces]
         prompts = [subject.tokenizer.prompt(text) for text in words]

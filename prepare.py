@@ -1730,8 +1730,11 @@ def stored_images(cfg, meta):
 def ready(cfg):
     """The content of meta.json; where there are no data yet, they are prepared and reported on first."""
     if not (Path(cfg.data_dir) / "meta.json").exists():
-        print(f"no data in {cfg.data_dir}: preparing them")
-        main(cfg)
+        with config.locked(cfg.data_dir, waits=True):
+            # Another process may have prepared them while this one waited.
+            if not (Path(cfg.data_dir) / "meta.json").exists():
+                print(f"no data in {cfg.data_dir}: preparing them")
+                make(cfg)
     return load_meta(cfg)
 
 
@@ -1815,11 +1818,19 @@ def draw_report(meta, cfg):
     figure.savefig(root / "report.png", dpi=110)
 
 
-def main(cfg):
+def make(cfg):
+    """Prepare the data, and report on them."""
+    import matplotlib.style
     meta = prepare(cfg)
     print_report(meta, cfg)
-    draw_report(meta, cfg)
+    with matplotlib.style.context("default"):       # whatever a matplotlibrc of the user says
+        draw_report(meta, cfg)
     print(f"report: {Path(cfg.data_dir) / 'report.png'}")
+
+
+def main(cfg):
+    with config.locked(cfg.data_dir):
+        make(cfg)
 
 
 if __name__ == "__main__":

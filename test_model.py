@@ -13,6 +13,8 @@ import math
 import os
 import random
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import struct
@@ -754,14 +756,18 @@ def test_overrides_are_cast_to_the_type_of_their_setting(capsys):
     ("--image_width=100", "image_width=96"), ("--image_height=8", "image_height=16"),
     ("--patch_size=12 --image_width=120", "stem=conv"),
     ("--vision_heads=3", "vision_dim=128"), ("--text_kv_heads=3", "text_heads=8"), ("--text_head_dim=15", "even"),
-    ("--vision_dim=6 --vision_heads=1 --vision_positions=sincos", "divisible by 4"), ("--batch_size=0", "above 0"),
+    ("--vision_dim=6 --vision_heads=1 --vision_positions=sincos", "divisible by 4"), ("--batch_size=0", "from 1"),
     ("--dropout=1", "below 1"), ("--min_lr=5", "from 0 to 1"), ("--workers=-1", "0 or above"),
-    ("--freeze_pictures=-2", "-1 or above"), ("--lora_rank=2", "--init_from"), ("--commands_stored=1", "at least 2"),
-    ("--seed=9223372036854775808", "below 2**63"), ("--dpi=99999", "at most 1200"), ("batch_size=3", "--key=value"),
+    ("--freeze_pictures=-2", "from -1"), ("--lora_rank=2", "--init_from"), ("--commands_stored=1", "at least 2"),
+    ("--seed=9223372036854775808", "below 2**63"), ("--dpi=99999", "30 to 1200"), ("batch_size=3", "--key=value"),
     ("--image_width=1e300", "below 2**63"), ("--min_pixels=0", "above 0"), ("--min_pixels=inf", "above 0"),
-    ("--min_pixels=200", "image_width=160"),
-    ("--min_visible=2", "from 0 to 1"), ("--place_margin=0.17", "0.16"), ("--near_line=9", "from 0.01 to 1"),
-    ("--far_height=1e-300", "from 0.01 to 1"), ("--close_height=1.5", "from 0.01 to 1")])
+    ("--min_pixels=200", "image_width=160"), ("--min_visible=2", "from 0 to 1"), ("--place_margin=0.17", "0.16"),
+    ("--near_line=9", "from 0.01 to 1"), ("--far_height=1e-300", "from 0.01 to 1"),
+    ("--close_height=1.5", "from 0.01 to 1"), ("--dpi=1", "30 to 1200"), ("--beam=999", "1 to 20"),
+    ("--seeds=21", "1 to 20"), ("--lr=2", "up to 1"), ("--read_pictures=1e300", "10^12"),
+    ("--text_layers=1e6", "to 10,000"), ("--rope_theta=1e-300", "from 1"), ("--grad_clip=1e308", "to 1000"),
+    ("--early_stopping=-1", "from 0"), ("--bootstrap=1e9", "to 10,000"), ("--out_dir=", "empty"),
+    ("--data_dir=", "empty"), ("--image=a\0b", "a path"), ("--command=a\0b", "a text")])
 def test_a_wrong_setting_is_one_line_that_says_what_would_work(arguments, says):
     refuses(lambda: config.from_args(arguments.split()), says)
 
@@ -788,6 +794,60 @@ def test_no_memory_is_one_line_that_says_what_to_halve(error, helps, monkeypatch
         config.run(fail, "")
     said = capsys.readouterr().err
     assert not helps or end.value.code == 2 and said.count("\n") == 1 and "halve --batch_size" in said
+
+
+def test_every_path_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    paths = [name for name in config.SETTINGS if config.kind_of(name)[0] == "a path"]
+    assert {name for name in paths if name.endswith("_dir")} == {"out_dir", "data_dir", "bdd_dir"} and len(paths) == 8
+    cfg = config.from_args([f"--{name}=~/x" for name in paths] + ["--command=~/x"], out_dir="~/y")
+    assert [getattr(cfg, name) for name in paths] == ["/home/me/x"] * 8 and cfg.command == "~/x"
+    assert config.check(changed(cfg, out_dir="~")).out_dir == "/home/me"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize("body, shell, status, says", [
+    ("print('路 ok')", "PYTHONIOENCODING=cp1252 {}", 0, ""),
+    ("print('\\udce8')", "{}", 0, ""), ("print('x' * 9)", "{} >&-", 0, ""),
+    ("[print('x' * 99) for i in range(9999)]", "{} | head -1", 141, ""), ("print('x')", "{} | true", 141, ""),
+    ("print('x')", "{} > /dev/full", 2, "No space left"), ("raise KeyboardInterrupt", "{}", 130, ""),
+    ("raise config.UserError('two\\nlines')", "{}", 2, "error: two lines"),
+    ("raise RuntimeError('out of memory: 5 TB')", "{}", 2, "5 TB")])
+def test_a_script_ends_as_people_expect(body, shell, status, says):
+    code = f"import config, time\nwith config.for_people():\n    {'time.sleep(0.2); ' * ('true' in shell)}{body}"
+    command = shell.format(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
+    done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
+                          cwd=Path(config.__file__).parent, env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert done.returncode == status and says in done.stderr, done.stderr
+    assert done.stderr.count("\n") == bool(says)
+
+
+def test_a_folder_is_worked_in_by_one_process_until_it_ends_or_is_killed(tmp_path):
+    code = "import config, sys\nwith config.locked(sys.argv[1]):\n    print('has it', flush=True)\n    input()"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, cwd=Path(config.__file__).parent) as other:
+        assert other.stdout.readline().strip() == b"has it"
+        for call in (lambda: config.locked(tmp_path / "run").__enter__(),
+                     lambda: train.train(changed(DEFAULTS, device="cpu", out_dir=str(tmp_path / "run")))):
+            refuses(call, "another process works in", "wait")
+        with config.locked(tmp_path / "other"):
+            other.kill()
+    with config.locked(tmp_path / "run"):
+        pass
+
+
+def test_who_waits_for_a_folder_gets_it_and_data_that_came_meanwhile_are_not_prepared_again(tmp_path, monkeypatch):
+    tries = []
+
+    def take(file):
+        tries.append(file)
+        (tmp_path / "meta.json").write_text("{}")
+        return len(tries) > 2
+    monkeypatch.setattr(config, "take_lock", take)
+    monkeypatch.setattr(config.time, "sleep", lambda seconds: None)
+    refuses(lambda: prepare.ready(changed(DEFAULTS, data_dir=str(tmp_path))), "another version")
+    assert len(tries) == 3
 
 
 def test_a_preset_comes_first_then_the_overrides(capsys):
@@ -825,15 +885,15 @@ def test_an_edited_config_counts_as_python_reads_it_and_a_wrong_edit_is_one_line
         (tmp_path / "config.py").write_text(text, encoding="utf-8")
         return subprocess.run([sys.executable, "-B", "config.py", *arguments], cwd=tmp_path, capture_output=True,
                               text=True)
-    edits = ("batch_size = 5e3", "lr = 1  # fast", "seeds = 2 * seed\nmixup = cutmix = 0.5", "text_layers =7")
+    edits = ("batch_size = 5e3", "lr = 1  # fast", "eval_items = 2 * seed\nmixup = cutmix = 0.5", "text_layers =7")
     done = after(*edits, 'preset = "base"', arguments=["--mixup=0.25"])
-    for line in ("seeds = 2674", "mixup = 0.25", "cutmix = 0.5", "batch_size = 64"):
+    for line in ("eval_items = 2674", "mixup = 0.25", "cutmix = 0.5", "batch_size = 64"):
         assert re.search("(?m)^  " + " +".join(line.split()), done.stdout), (line, done.stderr)
     assert "lr 1 -> 0.001" in done.stdout and "text_layers 7 -> 6" in done.stdout
     plain = after(*edits).stdout
     assert re.search("lr += 1.0 +fast", plain) and re.search(r"batch_size += 5000\b", plain)
     for line, says in (('ffn = "relu"', "'geglu'"), ('preset = "bse"', "'base'"), ('lr = "1e-3"', "lr wants a number"),
-                       ("out_dir = 5", "a text"), ("vision_heads = 3", "vision_dim=128")):
+                       ("out_dir = 5", "a path"), ("vision_heads = 3", "vision_dim=128")):
         done = after(line)
         assert done.returncode == 2 and done.stdout == "" and says in done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.strip().count("\n") == 0
@@ -846,8 +906,7 @@ def test_text_survives_encoding_and_decoding_and_any_text_is_encoded(lexicon):
     assert lexicon.decode([tokenizer.SOS] + ids + [tokenizer.EOS] + ids) == text
     assert lexicon.encode("[PAD] [SOS] [EOS] [UNK] [YES] [NO]") == list(range(6))
     assert len(set(lexicon.words)) == len(lexicon) == len(lexicon.ids)
-    assert lexicon.unknown("is there a pedestrain or a car?") == [("pedestrain", "pedestrian")]
-    assert lexicon.unknown("zzzzqqq") == [("zzzzqqq", None)]
+    assert lexicon.unknown("is there a pedestrain or a car?") == ["pedestrain"]
     assert lexicon.encode("zzzzqqq car") == [tokenizer.UNK, lexicon.ids["car"]]
     rng, alphabet = random.Random(0), [*" ?!.,'[]_-\t\n\0\ud800éß中🚗١", "[PAD]", "[YES]", "is", "there", "bus"]
     for _ in range(300):
@@ -884,9 +943,37 @@ def test_the_vocabulary_has_200_to_500_words_and_all_that_is_ever_written(lexico
     assert {word for text in held_out for word in text.split()} <= {word for text in trained for word in text.split()}
     texts = trained | {i[part] for items in drawn.items.values() for i in items for part in ("reason", "command")}
     assert not any("{" in text for text in texts | held_out)
-    assert {word for text in texts for word, _ in lexicon.unknown(text)} == set()
+    assert {word for text in texts for word in lexicon.unknown(text)} == set()
     assert json.loads(Path(drawn.cfg.data_dir, "vocab.json").read_text(encoding="utf-8")) == lexicon.words
     assert 200 <= len(lexicon) <= 500
+
+
+COLOUR = ["is the light red", "is the light yellow", "is the light green"]
+
+
+@pytest.mark.parametrize("typed, asked", [
+    ("Is there a BUS?!", ["is there a bus"]), ("on the left: is there a car", ["on the left , is there a car"]),
+    ("is there a red light and a pedestrian?", ["is there a pedestrian and a red light"]),
+    ("where is the tram", ["where is the tram"]), ("what is in front of us?", ["what is in front of us"]),
+    ("Describe the scene.", ["describe the scene"]), ("is there a bus ahead", ["is there a bus ahead"]),
+    ("What colour is the light?", COLOUR), ("which color does the traffic light show", COLOUR),
+    ("is there a dog?", "'is there a car?' or"), ("is there a dog on the left", "'is there a car on the left?' or"),
+    ("is there a pedestrain", "know: pedestrain); ask, for example, 'is there a pedestrian?' or"),
+    ("how many cars", "know: how, many, cars"), ("is there no car", "'is there a car?' or"),
+    ("is there a car? is there a bus?", "'is there a car and a bus?'"), ("is the light red or green", "'is the light"),
+    ("what colour is the car near the light", "'where is the"), ("What is the color of the stoplight?", COLOUR),
+    ("what colour is the car", "'where is the car?'"), ("is there a red bus", "example"), ("", "'what is ahead?'"),
+    ("giraffe", "know: giraffe"), ("isn't there a car", "'is there a car?'"), ("路 \ud800?", "ask, for example")])
+def test_what_is_typed_is_asked_in_words_that_were_learned_or_refused_with_what_can_be_asked(typed, asked):
+    if isinstance(asked, list):
+        assert commands.understood(typed) == asked
+    else:
+        refuses(lambda: commands.understood(typed), "has not learned", asked)
+
+
+def test_all_that_is_written_can_be_asked(drawn):
+    for items in drawn.items.values():
+        assert all(commands.understood(item["command"] + "?") == [item["command"]] for item in items[::9])
 
 
 # ---- scenes and commands ----
@@ -2143,13 +2230,52 @@ def test_a_killed_run_resumes_from_its_last_save(tmp_path, monkeypatch):
     assert logged(cfg.out_dir) == logged(whole.out_dir) and same(last_of(cfg), last_of(whole))
 
 
+def test_what_was_trained_is_never_lost_without_a_word_and_what_is_missing_is_said_before_data_are_prepared(
+        trained, tmp_path):
+    before = {path.name: path.read_bytes() for path in Path(trained.out_dir).iterdir()}
+    refuses(lambda: train.train(changed(trained, lr=0.1)), "holds a run", "--resume=True", "--out_dir", "--overwrite")
+    assert {path.name: path.read_bytes() for path in Path(trained.out_dir).iterdir()} == before
+    for name in ("best.pt", "last.pt"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / name).write_bytes(before[name])
+        refuses(lambda: train.train(changed(trained, out_dir=str(tmp_path / name))), "holds a run")
+    train.train(changed(trained, out_dir=str(tmp_path / "best.pt"), overwrite=True))
+    assert (tmp_path / "best.pt" / "last.pt").exists()
+    nowhere = changed(trained, out_dir=str(tmp_path / "out"), data_dir=str(tmp_path / "data"))
+    for change in (dict(resume=True), dict(init_from=str(tmp_path / "x.pt")),
+                   dict(resume=True, checkpoint=str(tmp_path / "x.pt"))):
+        refuses(lambda: train.train(changed(nowhere, **change)), "no checkpoint")
+    assert not (tmp_path / "data").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("told, found", [
+    ({}, (0, 0, 1)), (dict(WORLD_SIZE="2"), (0, 0, 1)), (dict(RANK="", WORLD_SIZE=""), (0, 0, 1)),
+    (dict(RANK="x", WORLD_SIZE="two", MASTER_ADDR="a"), (0, 0, 1)),
+    (dict(TORCHELASTIC_RUN_ID="none", RANK="3", LOCAL_RANK="1", WORLD_SIZE="4"), (3, 1, 4))])
+def test_only_torchrun_starts_several_processes(told, found, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert train.started() == found
+    assert found[2] > 1 or train.join_processes(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_data_whose_texts_are_too_long_for_the_settings_are_refused_at_once(drawn):
+    longest = max(np.load(path).shape[1] for path in Path(drawn.cfg.data_dir).glob("tokens_*.npy"))
+    for setting in ("max_text", "row_tokens"):
+        refuses(lambda: data_of(drawn, **{setting: longest - 1}), "too short", f"has {longest} tokens")
+        data_of(drawn, **{setting: longest})
+
+
 def test_a_full_disk_leaves_the_checkpoint_that_was_there(trained, tmp_path, monkeypatch):
     (tmp_path / "best.pt").write_bytes(b"what was there")
 
     def full(_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(train.os, "fsync", full)
-    refuses(lambda: train.train(changed(trained, out_dir=str(tmp_path))), "best.pt", "unchanged", "No space left")
+    full_disk = changed(trained, out_dir=str(tmp_path), overwrite=True)
+    refuses(lambda: train.train(full_disk), "best.pt", "unchanged", "No space left")
     assert [(p.name, p.read_bytes()) for p in tmp_path.glob("*.pt*")] == [("best.pt", b"what was there")]
 
 
@@ -2433,8 +2559,8 @@ def test_cuda_without_room_is_one_line_that_helps(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("rank, nccl, meets", [(1, True, "cpu:gloo,cuda:nccl"), (1, False, "gloo"), (2, True, None)])
 def test_processes_meet_where_each_has_a_gpu(monkeypatch, rank, nccl, meets):
     met = []
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    for name, value in (("TORCHELASTIC_RUN_ID", "a"), ("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 3)):
+        monkeypatch.setenv(name, str(value))
     for place, name, value in ((torch.cuda, "device_count", lambda: 2), (torch.cuda, "set_device", met.append),
                                (train.dist, "is_nccl_available", lambda: nccl),
                                (train.dist, "init_process_group", met.append)):
@@ -2895,7 +3021,7 @@ def look_of(*entries, layers=1, heads=1):
 def test_the_share_of_each_patch_that_boxes_cover():
     def covered(*edges):
         labels = [dict(box2d=dict(zip(("x1", "y1", "x2", "y2"), e))) for e in edges]
-        return {i: v for i, v in enumerate(evaluate.cover(labels, (32, 32), (4, 4)).tolist()) if v}     # 4 x 4 patches of 8 pixels
+        return {i: v for i, v in enumerate(evaluate.cover(labels, (32, 32), (4, 4)).tolist()) if v}
     assert covered((8, 8, 16, 16)) == {5: 1} == covered((8, 8, 16, 16), (9, 9, 12, 12))
     assert covered((4, 2, 12, 6), (8, 0, 16, 8)) == {0: 0.25, 1: 1}
     assert covered((-5, 4, 12, 8)) == {0: 0.5, 1: 0.25} and covered((-9, -9, 99, 99)) == dict.fromkeys(range(16), 1)
@@ -3599,14 +3725,20 @@ def test_every_map_of_a_scene_is_a_row_of_the_attention_that_answered(typed):
 def test_pictures_are_answered_and_drawn(typed, tmp_path, capsys, monkeypatch):
     """Two kinds of figures stand for all: an animation, and one that is written as PDF too."""
     monkeypatch.setattr(visualize, "SCENE", {kind: visualize.SCENE[kind] for kind in ("layers", "text")})
-    visualize.main(changed(typed, out_dir=str(tmp_path), command="A $x{$ trukc?"))
-    printed = capsys.readouterr()
-    name = str(tmp_path / "answer" / "a-a-x-trukc")
-    assert printed.out.splitlines()[2:] == [f"figure: {name}-{end}" for end in ("layers.gif", "text.png", "text.pdf")]
-    assert "'trukc'; the nearest it knows is 'truck'" in printed.err and "'$'" in printed.err
+    visualize.main(changed(typed, out_dir=str(tmp_path), command="is there a CAR, or a $bus?!"))
+    name = str(tmp_path / "answer" / "a-is-there-a-car-or-a-bus")
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"figure: {name}-{end}" for end in ("layers.gif", "text.png", "text.pdf")]
     with Image.open(f"{name}-layers.gif") as frames, Image.open(f"{name}-text.png") as image:
         assert frames.n_frames == 2 and len(frames.convert("RGB").getcolors(2 ** 24)) > 50
         assert round(image.info["dpi"][0]) == 40
+    shots = dict(zip(commands.COLOURS, (("NO", 0.9), ("YES", 0.6), ("YES", 0.7))))
+    first = visualize.answer(*picture_and_subject(typed)[::-1], "is the light red")
+    with monkeypatch.context() as patch:
+        patch.setattr(visualize, "answer", lambda subject, picture, text: first._replace(
+            words=text.split(), verdict=shots[text.split()[-1]][0], probability=shots[text.split()[-1]][1]))
+        visualize.main(changed(typed, out_dir=str(tmp_path), command="what colour is the light"))
+        assert "is the light green?\nYES (70.0%)\n" in capsys.readouterr().out
     visualize.main(changed(typed, out_dir=str(tmp_path), command2="is the light red?"))
     assert (tmp_path / "answer" / "a-is-there-a-bus-is-the-light-red.png").exists()
 
@@ -3615,8 +3747,8 @@ def test_pictures_are_answered_and_drawn(typed, tmp_path, capsys, monkeypatch):
 def report(evaluated):
     """The Report of an evaluated model, which a test may change."""
     cfg, _ = evaluated
-    (Path(cfg.out_dir) / "log.csv").write_text("pictures,loss,lr,grad_norm,val_accuracy,attention_entropy\n"
-                                               "8,2.5,0.1,3,,\n8,,,,0.5,2\n")
+    (Path(cfg.out_dir) / "log.csv").write_text("pictures,loss,lr,grad_norm,val_accuracy,val_loss,"
+                                               "attention_entropy\n8,2.5,0.1,3,,,\n8,,,,0.5,0.7,2\n")
     return visualize.Report(cfg)
 
 
@@ -3675,14 +3807,47 @@ def test_mistakes_are_counted_by_what_the_words_of_the_figure_say(report):
     assert taken.compressed().tolist() == [30] and pairs.filled(-1).tolist() == [[40, -1], [20, -1]]
 
 
-def test_what_has_no_data_has_no_figure_and_the_report_is_still_written(report, tmp_path):
+def test_what_has_no_data_says_so_and_the_report_is_still_written(report, tmp_path, monkeypatch):
     report.cfg, report.failures, report.stored = changed(report.cfg, out_dir=str(tmp_path)), [], dict(failure_items=[])
     report.asked.twins = lambda kind: []
     report.page["attention"].update(specialisation=dict(categories=[]), grounding=dict(word={}, answer={}))
     for name in ("training", "failures", "wrong", "pairs", "twins", "specialisation", "grounding"):
-        assert getattr(visualize, f"figure_{name}")(report) is None, name
-    visualize.write_report(tmp_path / "report.html", report, {})
-    assert "<h2 id=\"limits\">" in (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert isinstance(getattr(visualize, f"figure_{name}")(report), str), name
+    (tmp_path / "log.csv").write_text("step\n1\n")
+    monkeypatch.setattr(visualize, "Report", lambda cfg: report)
+    monkeypatch.setattr(visualize, "FIGURES", {"failures": {"pairs": visualize.figure_pairs},
+                                               "training": {"training": visualize.figure_training}})
+    visualize.make_report(report.cfg)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h2 id=\"limits\">" in text and "<b>Pairs.</b> Too few questions" in text
+    assert "<b>Training.</b> " in text and "log.csv is damaged" in text
+
+
+def test_a_part_of_a_figure_without_data_says_so(report):
+    def texts(figure):
+        return [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    page = report.page
+    page["by"]["words"] = {}
+    assert texts(visualize.figure_complexity(report)[0])[2] == ["no data"]
+    page["by"]["family"]["state"] = dict(n=0, value=None, low=None, high=None)
+    assert "no data" in texts(visualize.figure_accuracy(report)[0])[0]
+    for probe in ("deletion", "insertion"):
+        page["attention"]["deletion_insertion"][probe].update(curve=[], random_curve=[])
+    assert texts(visualize.figure_grounding(report)[0])[2:4] == [["no data"]] * 2
+    log = Path(report.cfg.out_dir) / "log.csv"
+    header = "pictures,loss,lr,grad_norm,val_accuracy,val_loss,attention_entropy\n"
+    log.write_text(header + "8,2,1,3,,,\n8,,,,nan,1,1\n")
+    assert texts(visualize.figure_training(report)[0]) == [[], [], [], ["no data"], [], []]
+    log.write_text(header)
+    assert texts(visualize.figure_training(report)[0]) == [["no data"]] * 6
+
+
+def test_a_matplotlibrc_of_the_user_changes_no_figure():
+    usual = dict(visualize.plt.rcParams)
+    odd = {"text.usetex": True, "figure.autolayout": True, "savefig.bbox": "tight", "font.size": 30}
+    with visualize.matplotlib.rc_context(odd):
+        runpy.run_path(visualize.__file__)
+        assert dict(visualize.plt.rcParams) == usual
 
 
 def test_the_interactive_page_holds_the_models_own_maps(report):
@@ -3702,10 +3867,10 @@ def test_the_interactive_page_holds_the_models_own_maps(report):
 def test_what_cannot_be_shown_is_one_line_that_helps(typed, report, tmp_path):
     for changes, *words in [
             (dict(command=""), "a picture and a command"), (dict(page=True), "--page"),
-            (dict(command=" ?!. "), "no word"), (dict(command="is [PAD] a bus"), "[PAD]"),
-            (dict(command="is there a bus " * 4), "16 words", "14 fit", "max_text=24")]:
+            (dict(command=" ?!. "), "ask, for example"), (dict(command="is [PAD] a bus"), "know: pad"),
+            (dict(command="is there a bus", command2="is there a dog"), "know: dog"),
+            (dict(max_new_tokens=19), "4 words", "3 fit", "max_text=24")]:
         refuses(lambda: visualize.main(changed(typed, **changes)), *words)
-    assert len(visualize.read_command(typed, Tokenizer(commands.vocabulary()), "a " * 14)[0]) == 14, "as many as fit"
     out = Path(report.cfg.out_dir)
     copied = changed(report.cfg, out_dir=str(tmp_path), checkpoint=str(out / "best.pt"))
     refuses(lambda: visualize.main(copied), "cannot be read", "eval.json", "python evaluate.py")
@@ -3765,7 +3930,6 @@ def test_settings_of_a_variant_and_which_runs_are_the_same():
     assert ablate.same(vars(cfg), vars(changed(cfg, dpi=99))) and not ablate.same(vars(cfg), vars(own))
     assert not ablate.same(vars(cfg), vars(changed(cfg, read_pictures=501)))      # though it could be resumed
     refuses(lambda: ablate.ablate(changed(cfg, variants="no_rop")), "'no_rop', did you mean 'no_rope'")
-    refuses(lambda: ablate.ablate(changed(cfg, seeds=21)), "seeds=21", "at most 20")
 
 
 @torch.no_grad()

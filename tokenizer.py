@@ -9,8 +9,8 @@
 """
 import re
 import sys
-from difflib import get_close_matches
 
+import config
 from commands import vocabulary
 
 SPECIAL = ["[PAD]", "[SOS]", "[EOS]", "[UNK]", "[YES]", "[NO]"]
@@ -60,10 +60,8 @@ class Tokenizer:
         return " ".join(words)
 
     def unknown(self, text):
-        """[(word, most similar known word or None)] for each word of `text` that is not in the vocabulary."""
-        unknown = [word for word in split_words(text) if word not in self.ids]
-        similar = [get_close_matches(word, self.words[len(SPECIAL):], 1) for word in unknown]
-        return [(word, found[0] if found else None) for word, found in zip(unknown, similar)]
+        """The words of `text` that are not in the vocabulary."""
+        return [word for word in split_words(text) if word not in self.ids]
 
     def prompt(self, command):
         """Ids of `[SOS] command ?`. The one `?` replaces all punctuation at the end of the command."""
@@ -100,10 +98,10 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__.strip())
         sys.exit(0 if len(sys.argv) == 2 else 2)
-    tokenizer = Tokenizer(vocabulary())
-    ids = tokenizer.prompt(sys.argv[1])
-    print(f"vocabulary: {len(tokenizer)} words")
-    for i in ids:
-        print(f"{i:5d}  {tokenizer.words[i]}")
-    for word, close in tokenizer.unknown(sys.argv[1]):
-        print(f"warning: '{word}' is not in the vocabulary" + (f", did you mean '{close}'?" if close else ""))
+    with config.for_people():
+        tokenizer = Tokenizer(vocabulary())
+        print(f"vocabulary: {len(tokenizer)} words")
+        for i in tokenizer.prompt(sys.argv[1]):
+            print(f"{i:5d}  {tokenizer.words[i]}")
+        for word in tokenizer.unknown(sys.argv[1]):
+            print(f"warning: '{word}' is not in the vocabulary")

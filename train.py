@@ -9,12 +9,12 @@
 - Several processes share each batch, and learn what one process learns.
 
     python train.py                                   default: minutes on 2 CPU cores
-    python train.py --batch_size=4 --grad_accum=8
-    python train.py --resume=True
+    python train.py --resume=True                     go on after Ctrl-C
+    python train.py --batch_size=4 --grad_accum=8 --out_dir=out/accumulated
     python train.py --preset=base --device=cuda
     python train.py --init_from=out/default/best.pt --lora_rank=8 --out_dir=out/tuned
     python train.py --export=model.pt                 best.pt without what only training needs
-    torchrun --standalone --nproc_per_node=2 train.py
+    torchrun --standalone --nproc_per_node=2 train.py --out_dir=out/two
 
 Shapes: B pictures and their rows, L tokens of a row, W tag words, M learned tokens, V words, n questions.
 """
@@ -128,7 +128,8 @@ class Data:
         self.images = prepare.stored_images(cfg, meta)                            # (N, h, w, 3) uint8
         self.tokens = np.load(root / f"tokens_{name}.npy", mmap_mode="r")         # (n, longest) uint16
         self.index = np.load(root / f"index_{name}.npy")
-        longest = self.tokens.shape[1]
+        # Of all sets, since the last is asked when the training is over.
+        longest = max(np.load(path, mmap_mode="r").shape[1] for path in root.glob("tokens_*.npy"))
         if longest > min(cfg.max_text, cfg.row_tokens):
             raise UserError(f"max_text={cfg.max_text} or row_tokens={cfg.row_tokens} is too short: the longest command "
                             f"in {root} with its answer has {longest} tokens")
@@ -271,16 +272,27 @@ def prefetched(make, first, last, depth, threads=1):
 # loss is a sum over all tokens divided by one total, so the sum of gradients is exact where the mean that
 # DistributedDataParallel takes is not, and a stage that leaves parameters out needs nothing special.
 
+def started():
+    """(number of this process, its number on this machine, how many there are), as torchrun tells each that it starts.
+
+    Clusters set a part of this for programs of their own: that does not count.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    return 0, 0, 1
+
+
 def join_processes(device):
     """Meet the processes that torchrun started, if it did; returns the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    _, local, ranks = started()
+    if ranks > 1:
         backend = "gloo"
         if device.type == "cuda":
-            number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if number >= there:
+            there = torch.cuda.device_count()
+            if local >= there:
                 raise UserError(f"each process needs a GPU of its own, and there are {there}: start torchrun with "
                                 f"--nproc_per_node={there}")
-            device = torch.device("cuda", number)
+            device = torch.device("cuda", local)
             torch.cuda.set_device(device)
             if dist.is_nccl_available():                    # not on Windows
                 backend = "cpu:gloo,cuda:nccl"
@@ -580,7 +592,7 @@ def export(cfg):
 # ---- starting from the weights of another run ----
 
 def resize_positions(positions, old, new):
-    """Learned positions (P, D) of a grid `old` (rows, columns) of patches, interpolated bilinearly to those of `new`."""
+    """Learned positions (P, D) of a grid `old` (rows, columns), interpolated bilinearly to the grid `new`."""
     planes = positions.T.unflatten(1, old)[None]                                  # (1, D, rows, columns)
     return F.interpolate(planes, new, mode="bilinear")[0].flatten(1).T.contiguous()
 
@@ -1003,19 +1015,32 @@ def train(cfg, make_model=VLM, make_data=Data):
     """
     if cfg.export:
         return export(cfg)
+    out = Path(cfg.out_dir)
+    begin_with = (cfg.checkpoint or out / "last.pt") if cfg.resume else cfg.init_from
+    if begin_with:
+        load_checkpoint(begin_with)                         # what cannot be read is found before data are prepared
     start = time.time()
     device = join_processes(pick_device(cfg))
     rank, ranks = processes()
     if cfg.batch_size < ranks:
         raise UserError(f"batch_size={cfg.batch_size} pictures cannot be shared by {ranks} processes")
+    with config.locked(out) if is_first() else contextlib.nullcontext():
+        if not (cfg.resume or cfg.overwrite) and any((out / name).exists() for name in ("best.pt", "last.pt")):
+            raise UserError(f"{out} holds a run: --resume=True goes on with it, --out_dir=FOLDER trains elsewhere, "
+                            "--overwrite=True loses it")
+        return learn(cfg, device, start, make_model, make_data)
+
+
+def learn(cfg, device, start, make_model, make_data):
+    """What train() does once the folder is its own. start: when it began."""
+    rank, ranks = processes()
+    out = Path(cfg.out_dir)
     meta = ready_data(cfg)
     torch.manual_seed(cfg.seed)
     data = make_data(cfg, meta, "train")
     val = Data(cfg, meta, "val")
     if not len(data.pictures):
         raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
-    out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     run = Run(cfg, data, device, make_model)
     if cfg.resume:
         run.resume(cfg.checkpoint or out / "last.pt")
@@ -1073,10 +1098,10 @@ def train(cfg, make_model=VLM, make_data=Data):
 
 
 if __name__ == "__main__":
-    if int(os.environ.get("RANK", 0)):                      # of several processes only the first speaks
+    if started()[0]:                                        # of several processes only the first speaks
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     config.run(train, __doc__)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if started()[2] > 1:
         # On a busy machine a thread of the process group can outlive it, and abort a finished run as Python shuts down.
         sys.stdout.flush()
         os._exit(0)

@@ -22,7 +22,6 @@ import io
 import json
 import math
 import re
-import sys
 import textwrap
 import warnings
 import zipfile
@@ -48,30 +47,11 @@ import train
 from commands import View, corners
 from config import UserError
 from evaluate import cover, enrichment, entropy, mass_in_box, pointing, text_of
-from tokenizer import NO, SPECIAL, UNK, YES, split_words
+from tokenizer import NO, UNK, YES, split_words
 
 # ---- answering ----
 
 Shot = namedtuple("Shot", "verdict probability reason words cross maps vision text picture boxes")
-
-
-def read_command(cfg, tokenizer, command):
-    """(words of the command (n), ids of its prompt (n + 2)). UserError if it is empty, too long or holds [PAD]."""
-    ids = tokenizer.prompt(command)
-    # The prompt has [SOS] and `?` besides the words, and the command's own punctuation at its end is not in it.
-    words = split_words(command)[:len(ids) - 2]
-    # The reason has to fit behind the command, into the positions that the model was trained with.
-    room = cfg.max_text - cfg.max_new_tokens - 2
-    if not words:
-        raise UserError(f"the command '{command}' holds no word: ask, for example, --command=\"is there a bus?\"")
-    if len(words) > room:
-        raise UserError(f"the command is too long: {len(words)} words, counting commas, and {max(room, 0)} fit "
-                        f"(max_text={cfg.max_text} less max_new_tokens={cfg.max_new_tokens} and 2); shorten it or "
-                        "lower --max_new_tokens")
-    for word in words:
-        if word in SPECIAL:
-            raise UserError(f"a command cannot hold {word}, which only the model writes")
-    return words, ids
 
 
 def yes_no(true):
@@ -91,10 +71,18 @@ def answer(subject, picture, command):
         maps          their mean over layers and heads (n + 1, rows, columns)
         vision, text  self-attention, float32 numpy (layers, heads, P, P) and (L, H, T, T)
         picture, boxes   the picture, and for each map the labels to outline: none, unless the caller adds them
-    Raises UserError for a command that cannot be asked, see read_command.
+    Raises UserError for a command that is too long.
     """
     cfg = subject.cfg
-    words, ids = read_command(cfg, subject.tokenizer, command)
+    ids = subject.tokenizer.prompt(command)
+    # The prompt has [SOS] and `?` besides the words, and the command's own punctuation at its end is not in it.
+    words = split_words(command)[:len(ids) - 2]
+    # The reason has to fit behind the command, into the positions that the model was trained with.
+    room = cfg.max_text - cfg.max_new_tokens - 2
+    if len(words) > room:
+        raise UserError(f"the command is too long: {len(words)} words, counting commas, and {max(room, 0)} fit "
+                        f"(max_text={cfg.max_text} less max_new_tokens={cfg.max_new_tokens} and 2); shorten it or "
+                        "lower --max_new_tokens")
     # No autocast: in bfloat16, which has 8 bits, the largest patches of a map would tie.
     images = subject.images(picture[None])
     logits, attn = subject.model(images, torch.tensor([ids], device=subject.device), return_attn=True)
@@ -159,6 +147,7 @@ SMALL = dict(fontsize=FONT - 1, color=QUIET)
 BACK = 0.78                   # mean grey of the picture below a map
 # Animations are for screens only; at the dots of print their files would be huge.
 SCREEN_DPI = 120
+matplotlib.rcdefaults()       # whatever a matplotlibrc of the user says
 plt.rcParams.update({
     "font.size": FONT, "axes.titlesize": FONT + 0.5, "axes.labelsize": FONT, "xtick.labelsize": FONT - 0.5,
     "ytick.labelsize": FONT - 0.5, "legend.fontsize": FONT - 0.5, "legend.frameon": False, "axes.spines.top": False,
@@ -385,14 +374,16 @@ def intervals(axes, rows, colour=SERIES[0], others=(), shift=0.0, label=None, ba
 
     bars: a bar and the value too; shift: of the dots, where several series share the names.
     """
+    axes.plot([], [], "o", color=colour, label=label)        # for the legend, whatever has a value
     for y, (name, estimate) in enumerate(rows.items()):
         value = estimate["value"]
         # Undefined where all questions of a group have the same true answer.
         if value is None:
+            axes.text(0.02, y + shift, "no data", transform=axes.get_yaxis_transform(), va="center", **SMALL)
             continue
         shade = SERIES[3] if name in others else colour
         axes.plot((estimate["low"], estimate["high"]), (y + shift, y + shift), color=shade)
-        axes.plot(value, y + shift, "o", color=shade, label=None if y else label)
+        axes.plot(value, y + shift, "o", color=shade)
         if bars:
             axes.barh(y, value, 0.6, color=shade, alpha=0.35, lw=0)
             axes.annotate(f"{value:.1f}", (estimate["high"], y), (4, 0), textcoords="offset points", va="center",
@@ -402,9 +393,15 @@ def intervals(axes, rows, colour=SERIES[0], others=(), shift=0.0, label=None, ba
     axes.set_ylim(len(rows) - 0.4, -0.6)
 
 
+def say_if_empty(axes, values):
+    if not np.isfinite(values).any():
+        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", **SMALL)
+
+
 def band(axes, x, estimates, **style):
     """A line through evaluate.estimates at places x (n,), with their intervals."""
     value, low, high = (np.array([e[k] for e in estimates]) for k in ("value", "low", "high"))
+    say_if_empty(axes, value)
     axes.errorbar(x, value, yerr=(value - low, high - value), **{"fmt": "o-", "color": SERIES[0], **style})
 
 
@@ -586,7 +583,7 @@ def named_boxes(frame, view, question, command):
     return [[frame["labels"][thing.label] for thing in things] for things in found]
 
 
-# ---- figures of a set: maps. Each takes the report and returns (figure, fields of its caption), or None ----
+# ---- figures of a set: maps. Each takes the report and returns (figure, fields of its caption), or why it is none ----
 
 COLUMNS = 5
 
@@ -609,7 +606,7 @@ def figure_scene(kind):
     def figure(report):
         where = report.asked.truth & [question.template == "exists_at" for question in report.asked.questions]
         if not where.any():
-            return None
+            return "No question about an object at a place has the answer YES."
         shot = report.shot(report.asked.sample(1, report.seed, where)[0])
         return SCENE[kind](shot), dict(n=where.sum(), command=asked_text(shot))
     return figure
@@ -655,7 +652,7 @@ def figure_gallery(report):
         examples = report.rng().permutation(len(chosen))[:columns]
         rows.append((text, [report.panel(chosen[k], maps[k], boxes=boxes[k]) for k in examples]))
     if not rows:
-        return None
+        return f"No word of these names what is there in {columns} questions."
     title = "Where one word looks, scene after scene"
     return draw_panels(rows, title, maps_line(report.grid)), dict(columns=columns)
 
@@ -673,7 +670,7 @@ def figure_comparison(report):
         if len(pairs) == 3:
             break
     if not pairs:
-        return None
+        return "No picture has questions about two different objects."
     other, same = (report.page["attention"]["stability"][name]["l2"] for name in ("another question", "paraphrase"))
     return draw_comparison(pairs), dict(pictures=len(pairs), n=other["n"], other=text_of(other, digits=3),
                                         same=text_of(same, digits=3))
@@ -683,7 +680,7 @@ def figure_twins(report):
     asked = report.asked
     edits = asked.twins("flip")
     if not edits:
-        return None
+        return "Only test scenes that prepare.py draws have twins; here none has."
     rows = []
     for k in report.rng().permutation(len(edits))[:4]:
         i, edit = edits[k]
@@ -712,7 +709,7 @@ def figure_failures(report):
     denied = [k for k, i in enumerate(where)
               if asked.truth[i] and asked.questions[i].template in ("exists", "exists_at", "near")]
     if not denied:
-        return None
+        return "No wrong answer denies an object that is there."
     missed = [where[k] for k in denied]
     maps = report.stored["failure_maps"][denied].mean((1, 2), np.float64)
     covers = np.array([asked.cover(i, asked.questions[i].evidence(asked.view(i)), report.grid) for i in missed])
@@ -745,7 +742,7 @@ def figure_wrong(report):
             panels.append(report.panel(report.asked.at[record["item"]], note=wrapped(note, PANEL, FONT - 1)))
         rows.append((f"{name}\nn={len(mine)}", panels))
     if not rows:
-        return None
+        return "No answer is wrong."
     figure = draw_panels(rows, "Wrong answers and the truth", "Outlined: what makes the answer YES, where a box does.")
     return figure, dict(columns=COLUMNS, n=len(report.failures), sure=len(sure))
 
@@ -758,7 +755,7 @@ def figure_accuracy(report):
     templates = page["by"]["template"]
     figure, ((left, middle, right),) = plot(1, 3, 3.3, width_ratios=(1, 1.35, 0.75))
     intervals(left, {"all": page["overall"], **page["by"]["family"], **controls}, others=controls)
-    left.set_title("families, and controls")
+    left.set(title="families, and controls", xlim=(38, 108))
     intervals(middle, templates, shift=-0.3, label="model", bars=False)
     # The controls of each template stand below the model's dot.
     for k, name in enumerate(controls):
@@ -766,9 +763,11 @@ def figure_accuracy(report):
         intervals(middle, rows, SERIES[3 - k], shift=0.2 * k - 0.1, label=name, bars=False)
     middle.set_title("templates")
     figure.legend(loc="outside lower center", ncols=4)
+    # Controls of few questions may lie far from 50.
+    middle.set_xlim(min(38, middle.dataLim.x0 - 1), 108)
     for axis in (left, middle):
         axis.axvline(50, color=INK, lw=0.6, ls=":")
-        axis.set(xlabel="balanced accuracy, %", xlim=(38, 108))
+        axis.set_xlabel("balanced accuracy, %")
     # The confusion matrix in shares of its rows follows from the recall of both answers.
     yes, no = (page["classification"][answer]["recall"] for answer in ("yes", "no"))
     heat(right, ((yes, 100 - yes), (100 - no, no)), ("YES", "NO"), ("YES", "NO"), "{:.1f}%", "Blues",
@@ -809,9 +808,9 @@ def figure_training(report):
     cfg = report.cfg
     path = Path(cfg.out_dir) / "log.csv"
     if not path.exists():
-        return None
+        return f"There is no {path}."
     shown = {"loss": "loss, nats", "lr": "learning rate", "grad_norm": "gradient norm",
-             "val_accuracy": "validation", "attention_entropy": "entropy, nats"}
+             "val_accuracy": "validation", "val_loss": "validation loss", "attention_entropy": "entropy, nats"}
     log = read_log(path, shown)
     figure, axes = plot(1, len(shown), 1.9, sharex=True)
     # Where the first stage ends.
@@ -819,10 +818,12 @@ def figure_training(report):
     for axis, (name, title) in zip(axes[0], shown.items()):
         pictures, values = log[name]
         axis.plot(pictures, values, "o-" if len(values) < 50 else "-", color=SERIES[0], ms=2)
+        say_if_empty(axis, values)
         axis.set(title=title, xlabel="pictures / 1000", xlim=(0, None))
         axis.axvline(stage / 1000, color=ACCENT, lw=0.8, ls="--")
     # The losses of the two stages differ by a factor of ten.
-    axes[0, 0].set_yscale("log")
+    if log["loss"][1]:
+        axes[0, 0].set_yscale("log")
     return figure, dict(every=cfg.log_every, clip=cfg.grad_clip, stage=stage)
 
 
@@ -840,7 +841,7 @@ def figure_calibration(report):
         # A bin may hold a thousand times more answers than another: a root, so that small ones are seen.
         top.scatter(p, 100 * share, s=60 * np.sqrt(n / n.max()), color=SERIES[0])
         top.set(title=f"{text}: ECE {error['value']:.2f}\n(calibrated: up to {error['calibrated_high']:.2f})",
-                xlabel="predicted probability of YES")
+                xlabel="predicted probability of YES", ylim=(-5, 105))
     raw.set_ylabel("true answers YES, %")
     raw.legend(loc="upper left")
 
@@ -862,7 +863,7 @@ def figure_grounding(report):
     found = report.page["attention"]["grounding"]
     probe = report.page["attention"]["deletion_insertion"]
     if not all("scores" in found[kind] for kind in ("word", "answer")):
-        return None
+        return "No question of the sample names an object that is there."
     figure, axes = plot(2, 2, 3.9, height_ratios=(1.15, 1))
     for axis, (kind, name) in zip(axes[0], (("word", "the word of an object"), ("answer", "the answer"))):
         rows = {who: scores["pointing"] for who, scores in found[kind]["scores"].items()}
@@ -874,6 +875,7 @@ def figure_grounding(report):
     for axis, name, done in zip(axes[1], ("deletion", "insertion"), ("taken away", "shown")):
         axis.plot(probe[name]["random_curve"], "o-", color=SERIES[3], label="random order")
         axis.plot(probe[name]["curve"], "o-", color=SERIES[0], label="by attention")
+        say_if_empty(axis, probe[name]["curve"])
         axis.set_xticks(range(len(patches)), patches)
         own, chance = (text_of(probe[name][order], digits=0) for order in ("attention", "random"))
         axis.set(title=f"{name}: area {own},\nrandom order {chance}", xlabel=f"patches {done}", ylim=(0, 103),
@@ -886,7 +888,7 @@ def figure_specialisation(report):
     attention = report.page["attention"]
     found = attention["specialisation"]
     if not found["categories"]:
-        return None
+        return "No question of the sample names an object that is there."
     heads = report.page["head_ablation"]
     spread = np.array([[entry["value"] for entry in layer] for layer in attention["entropy"]["by_head"]])
     figure = plt.figure(figsize=(WIDTH, 5.0), layout="constrained")
@@ -918,7 +920,7 @@ def figure_pairs(report):
     found = report.page["failures"]["confusions"]
     pairs = report.page["failures"]["command_pairs"]
     if not found:
-        return None
+        return "Too few questions ask for what is not there."
     # Left: which kind is taken for which.
     kinds = [kind for kind in commands.CATEGORIES if any(kind in (e["asked"], e["present"]) for e in found)]
     taken = np.full((len(kinds), len(kinds)), np.nan)
@@ -1023,8 +1025,9 @@ CAPTIONS = {
     "cross-attention, outlined in orange.",
     "training": "From log.csv: the mean loss over {every} pictures; the learning rate of the encoder, then of the "
     "decoder; the gradient norm of one update, before it is clipped at {clip:g}; balanced accuracy on the validation "
-    "split; the mean entropy of cross-attention. Left of the dashed line ({stage} pictures) only the encoder learns, "
-    "from the words of descriptions, so the losses on its two sides cannot be compared.",
+    "split, and the loss of its answers; the mean entropy of cross-attention. Left of the dashed line ({stage} "
+    "pictures) only the encoder learns, from the words of descriptions, so the losses on its two sides cannot be "
+    "compared.",
     "accuracy": "All {n} questions of the {split} split, with 95% intervals over pictures. Dotted: guessing. The "
     "controls must lie there, because YES and NO are balanced for every question: no picture, the picture of "
     "another scene, and a decoder trained without pictures. Confusion: shares of each row.",
@@ -1062,8 +1065,8 @@ CAPTIONS = {
     "{usual:.2f} nats, as it is for 10% of all answers. Of the others, right region: the strongest patch touches a box "
     "of the object, as a random patch does in {chance:.0f}%.",
     "wrong": "Upper row: {columns} of {n} wrong answers, drawn at random (seed {seed}). Lower row: of the {sure} that "
-    "were wrong with over 95% confidence in every wording, which are the first place to look for label errors. Error "
-    "types are defined at the top of this section.",
+    "were wrong with over 95% confidence in every wording: in real pictures the first place to look for label errors, "
+    "in drawn ones, whose labels are exact, errors of the model. Error types are defined at the top of this section.",
     "pairs": "Left: questions with the answer NO: by how many points a false YES is more frequent where an object of "
     "the other kind stands at the place asked about. The largest ratio: asked for a {asked} that is not there, the "
     "model says YES to {said_yes:.0f}% where there is a {present} (n={n}), and to {elsewhere:.0f}% where not. "
@@ -1113,8 +1116,11 @@ def table_html(header, rows):
     return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 
 
-def figure_html(path, caption, dpi):
-    """The picture file in the page itself, at its printed size, with its caption."""
+def figure_html(name, path, caption, dpi):
+    """The picture file in the page itself, at its printed size, with its caption; the caption alone without a file."""
+    words = f"<figcaption><b>{name.capitalize()}.</b> {html.escape(caption)}</figcaption></figure>"
+    if not path:
+        return f"<figure>{words}"
     with Image.open(path) as image:
         if path.suffix == ".gif":
             # An animation stays as it is: its frames would be lost.
@@ -1126,9 +1132,8 @@ def figure_html(path, caption, dpi):
             small.thumbnail((1700, 10000))
             source = web_picture(small)
     inches = image.width / dpi
-    return f'<figure><div class="wide"><img src="{source}" alt="Figure: {path.stem}" ' \
-           f'style="--w: {128 * inches:.0f}px"></div><figcaption><b>{path.stem.capitalize()}.</b> ' \
-           f"{html.escape(caption)}</figcaption></figure>"
+    return f'<figure><div class="wide"><img src="{source}" alt="Figure: {name}" ' \
+           f'style="--w: {128 * inches:.0f}px"></div>{words}'
 
 
 def study(path, figures, dpi):
@@ -1139,7 +1144,7 @@ def study(path, figures, dpi):
     for name in figures:
         figure = path.with_name(f"{name}.png")
         if figure.exists():
-            body += figure_html(figure, "From python ablate.py.", dpi)
+            body += figure_html(name, figure, "From python ablate.py.", dpi)
     return body
 
 
@@ -1208,7 +1213,7 @@ def write_report(path, report, drawn):
     body, nav = [], []
     # A section without text and figures, such as ablations that nobody ran, does not appear.
     for section, text in sections.items():
-        figures = [figure_html(*drawn[name], dpi) for name in FIGURES.get(section, ()) if name in drawn]
+        figures = [figure_html(name, *drawn[name], dpi) for name in FIGURES.get(section, ()) if name in drawn]
         if text or figures:
             nav.append(f'<a href="#{section}">{section}</a>')
             body += [f'<h2 id="{section}">{section.capitalize()}</h2>{text}', *figures]
@@ -1326,8 +1331,8 @@ def make_page(cfg):
                            image=web_picture(Image.fromarray(asked.pixels(i)))))
     # Upper end of the scale: a head rarely looks at fewer than four patches.
     top = math.prod(report.grid) / 4
-    data = dict(scenes=scenes, grid=report.grid, size=prepare.size_of(cfg), layers=cfg.text_layers, heads=cfg.text_heads, top=top,
-                colours=packed(OVERLAY.colors))
+    data = dict(scenes=scenes, grid=report.grid, size=prepare.size_of(cfg), layers=cfg.text_layers,
+                heads=cfg.text_heads, top=top, colours=packed(OVERLAY.colors))
     about = "Choose a scene, a command, and one of its words. Then choose a layer and a head, or the average of all. " \
             "Colour: how many times more attention than an even spread. Boxes show what the word names. " \
             f"{len(scenes)} pictures of the {report.page['split']} split with up to {EACH} questions each, drawn at " \
@@ -1347,19 +1352,21 @@ def answer_picture(cfg):
     # The sizes of the checkpoint, which may differ from those given here.
     cfg = subject.cfg
     # Commands are checked before anything is answered.
-    typed = [text for text in (cfg.command, cfg.command2) if text]
-    asked = [" ".join(read_command(cfg, subject.tokenizer, text)[0]) for text in typed]
-    for word, close in subject.tokenizer.unknown(" ".join(asked)):
-        near = f"; the nearest it knows is '{close}'" if close else ""
-        print(f"warning: the model does not know the word '{word}'{near}", file=sys.stderr)
+    asked = [commands.understood(text) for text in (cfg.command, cfg.command2) if text]
     picture = np.asarray(prepare.load_picture(cfg.image, prepare.size_of(cfg)))
-    shots = [answer(subject, picture, text) for text in asked]
-    for shot in shots:
+    shots = []
+    for texts in asked:
+        tried = [answer(subject, picture, text) for text in texts]
+        # Of several, the surest YES; without any, the surest NO.
+        shot = max(tried, key=lambda shot: (shot.verdict == "YES", shot.probability or 0))
+        shots.append(shot)
+        if len(tried) > 1:
+            print(asked_text(shot))
         print(f"{verdict_text(shot)}\n{tidy(shot.reason)}")
     out = Path(cfg.out_dir) / "answer"
     out.mkdir(parents=True, exist_ok=True)
     # Commands become part of the names of files: other letters than these could be no name, or another folder.
-    slugs = [re.sub(r"[^a-z0-9]+", "-", text)[:60].strip("-") for text in asked]
+    slugs = [re.sub(r"[^a-z0-9]+", "-", asked_text(shot))[:60].strip("-") for shot in shots]
     path = out / "-".join([Path(cfg.image).stem[:80], *slugs])
     if len(shots) == 2:
         files = save(draw_comparison([shots]), path, cfg.dpi)
@@ -1379,9 +1386,13 @@ def make_report(cfg):
     drawn = {}
     for name, function in (pair for section in FIGURES.values() for pair in section.items()):
         # Drawn and written one after the other: all figures at once would take gigabytes.
-        made = function(report)
-        if not made:
-            print(f"no figure '{name}': there is nothing to show", flush=True)
+        try:
+            made = function(report)
+        except UserError as error:
+            made = str(error)
+        if isinstance(made, str):
+            print(f"no figure '{name}': {made}", flush=True)
+            drawn[name] = None, made
             continue
         figure, fields = made
         files = save(figure, out / name, cfg.dpi, name in PLOTS)
