@@ -60,10 +60,6 @@ from train import Clock, Data, Run
 from visualize import INK, SERIES
 
 
-def with_changes(cfg, **changes):
-    return SimpleNamespace(**{**vars(cfg), **changes})
-
-
 # ---- models that settings cannot make: a VLM with some modules replaced ----
 
 def exchanged(kind, make):
@@ -342,7 +338,7 @@ class Exam:
 
 def settings_of(cfg, variant, folder, seed):
     """Settings of one run. What only evaluation, the loop or the machine needs stays as cfg's."""
-    return config.check(with_changes(cfg, **variant.settings, seed=seed, out_dir=str(folder)))
+    return config.check(config.with_changes(cfg, **variant.settings, seed=seed, out_dir=str(folder)))
 
 
 def same(a, b):
@@ -792,8 +788,8 @@ def real_frames(subject, bdd_dir, out):
     """The row of a BDD100K folder's own validation frames, prepared in `out`; control: a blank picture."""
     other = copy.copy(subject)
     # The rules and filters stay those of the checkpoint; only where the pictures come from changes.
-    other.cfg = with_changes(subject.cfg, source="bdd100k", bdd_dir=bdd_dir, data_dir=str(out / "bdd100k"),
-                             val_is_test=True, max_complexity=0)
+    other.cfg = config.with_changes(subject.cfg, source="bdd100k", bdd_dir=bdd_dir, data_dir=str(out / "bdd100k"),
+                                    val_is_test=True, max_complexity=0)
     asked = Questions(other, prepare.ready(other.cfg), "test", 8000)
     blank = other.ask(asked.jobs(shown=lambda picture: subject.blank))
     return dict(study="real frames", name="of BDD100K", size=None, accuracy=asked.accuracy(asked.odds(other)),

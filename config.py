@@ -339,6 +339,11 @@ def check(cfg):
     return cfg
 
 
+def with_changes(cfg, **changes):
+    """Other settings: cfg's, but for the changes."""
+    return SimpleNamespace(**{**vars(cfg), **changes})
+
+
 def from_args(argv=(), doc="", preset=None, **fixed):
     """Settings as a namespace: this file's, then the preset's, then `fixed`, then those of `--key=value` in `argv`.
 

@@ -1380,7 +1380,7 @@ def opened(cfg):
     subject = Subject(cfg)
     if not cfg.against:
         return subject, None
-    other = Subject(type(cfg)(**dict(vars(cfg), checkpoint=cfg.against)))
+    other = Subject(config.with_changes(cfg, checkpoint=cfg.against))
     if other.tokenizer.words != subject.tokenizer.words or other.blank.shape != subject.blank.shape:
         raise UserError(f"{cfg.against} has another vocabulary or size of pictures: the two cannot be compared on "
                         "the same data")

@@ -45,6 +45,7 @@ import train
 import visualize
 from commands import CATEGORIES, UNSURE, FALSE, QUESTIONS, TRUE, Question, View, check_reason, question_of
 from config import UserError
+from config import with_changes as changed
 from model import VLM, Attention, RMSNorm, as_rows, ends, positions, rope_tables, rotate, row_mask
 from tokenizer import Tokenizer
 
@@ -113,10 +114,6 @@ def drawn(tmp_path_factory):
 @pytest.fixture(scope="session")
 def lexicon():
     return tokenizer.Tokenizer(commands.vocabulary())
-
-
-def changed(cfg, **changes):
-    return SimpleNamespace(**{**vars(cfg), **changes})
 
 
 def small_run(drawn, out, **changes):

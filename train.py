@@ -568,7 +568,7 @@ def load_model(cfg, make_model=VLM):
     state = load_checkpoint(path)
     # What is shown and sampled is drawn by cfg's seed.
     shaping = {name: value for name, value in state["config"].items() if name not in RESUMABLE | {"seed"}}
-    cfg = type(cfg)(**{**vars(cfg), **shaping})
+    cfg = config.with_changes(cfg, **shaping)
     tokenizer = Tokenizer(state["words"])
     model = make_model(cfg, len(tokenizer))
     if cfg.lora_rank:
@@ -600,7 +600,7 @@ def resize_positions(positions, old, new):
 def start_from(cfg, model, tagger, data):
     """Fill the model from the checkpoint cfg.init_from; returns what was taken, in words. UserError if nothing fits."""
     path = cfg.init_from
-    other, its, tokenizer, state, _ = load_model(type(cfg)(**dict(vars(cfg), checkpoint=path, device="cpu")))
+    other, its, tokenizer, state, _ = load_model(config.with_changes(cfg, checkpoint=path, device="cpu"))
     if tokenizer.words != data.tokenizer.words:
         raise UserError(f"{path} was trained with another vocabulary ({len(tokenizer)} words): its commands.py differs")
     weights = other.state_dict()
