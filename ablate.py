@@ -69,9 +69,7 @@ def exchanged(kind, make):
     """
     def make_model(cfg, vocab_size):
         model = VLM(cfg, vocab_size)
-        for name, module in list(model.named_modules()):
-            if type(module) is kind:
-                model.replace(name, make(cfg, module))
+        model.replace(kind, lambda module: make(cfg, module))
         # New modules came with PyTorch's initial weights.
         model.init_weights()
         return model
@@ -94,7 +92,7 @@ class Pooled(Attention):
 
 def pool_patches(cfg, block):
     heads = cfg.text_heads, cfg.text_kv_heads, cfg.text_head_dim
-    block.cross = Pooled(cfg.text_dim, *heads, bias=False, dropout=cfg.dropout, path=cfg.attention)
+    block.cross = Pooled(cfg.text_dim, *heads, bias=False, cfg=cfg)
     return block
 
 
@@ -121,8 +119,7 @@ class LearnedPositions(Decoder):
         self.places = nn.Parameter(0.5 * torch.randn(cfg.max_text, cfg.text_dim))
 
     def forward(self, tokens, segment, vision=None, cache=None, attn=None):
-        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
-        x = x + self.places[positions(segment)]                                   # (B, L, D)
+        x = self.embed(tokens) + self.places[positions(segment)]                  # (B, L, D)
         mask = row_mask(segment)
         for block in self.blocks:
             x = block(x, vision, mask, None, None, attn)
@@ -152,8 +149,7 @@ class Prefix(Decoder):
         places = positions(row)
         places[:, P:] += P
         rope = self.cos[places][:, :, None], self.sin[places][:, :, None]
-        words = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
-        x = torch.cat((vision, words), 1)                                         # (B, P + L, D)
+        x = torch.cat((vision, self.embed(tokens)), 1)                            # (B, P + L, D)
         kept = {"self": [], "cross": None}
         for block in self.blocks:
             x = block(x, None, mask, rope, None, attn and kept)
@@ -632,7 +628,7 @@ def attack(subject, pictures, prompts, truth, size, steps):
     steps=1: FGSM, one step of that size along the gradient's sign; more: PGD, smaller steps, cut back to the size.
     """
     model = subject.model
-    tokens, segment = (rows.to(subject.device) for rows in as_rows([[ids] for ids in prompts]))
+    tokens, segment = as_rows([[ids] for ids in prompts], device=subject.device)
     # The odds of YES should fall where YES is right, and rise where NO is.
     wrong = torch.tensor(np.float32(1.0 - 2 * truth), device=subject.device)
     lowest = np.maximum(pictures - float(size), 0)

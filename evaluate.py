@@ -288,7 +288,7 @@ class Subject:
     def images(self, pictures):
         """uint8 pictures (B, h, w, 3) as the model wants them: normalised (B, 3, h, w)."""
         channels = train.channels(self.state["mean"], self.state["std"])
-        return train.normalise(torch.tensor(pictures).to(self.device), *channels)
+        return train.normalise(torch.tensor(pictures, device=self.device), *channels)
 
     def batches(self, jobs, size):
         """Jobs in batches: yields (normalised pictures (B, 3, h, w), B lists of prompts)."""
@@ -313,7 +313,7 @@ class Subject:
         model = model or self.model
         # No autocast, whatever the dtype: bfloat16 has 8 bits, so that the largest patches of a map would tie.
         for images, prompts in self.batches(jobs, 16):
-            tokens, segment = (part.to(self.device) for part in as_rows(prompts))
+            tokens, segment = as_rows(prompts, device=self.device)
             # The weights between words are not asked for: in rows of many commands they would be large.
             attn = {"self": None, "cross": []}
             # A row of tokens for each picture: its prompts stand one after another, and so do their odds.
@@ -578,7 +578,7 @@ def blind_odds(subject, meta, prompts, steps, size=256):
 
     def odds_of(batch):
         # A row for each question: without pictures, those about the same one have nothing to share.
-        tokens, segment = (part.to(subject.device) for part in as_rows([[ids] for ids in batch]))
+        tokens, segment = as_rows([[ids] for ids in batch], device=subject.device)
         with autocast(subject.dtype, subject.device):
             return model.odds(None, tokens, segment)
 

@@ -20,7 +20,6 @@ Shapes: B pictures and their rows, L tokens of a row, S keys, P patches, D width
 H query heads of d dimensions, G key/value heads, R = H/G query heads that share one.
 """
 import contextlib
-import json
 import math
 import time
 from itertools import chain
@@ -32,7 +31,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
-from tokenizer import EOS, NO, PAD, YES, pad
+from commands import vocabulary
+from tokenizer import EOS, NO, PAD, YES, Tokenizer, pad
 
 
 # ---- norm and positions ----
@@ -70,7 +70,7 @@ def rotate(x, rope):
 
 # ---- rows: all commands about a picture, one after another ----
 
-def as_rows(prompts, length=None):
+def as_rows(prompts, length=None, device="cpu"):
     """B lists of commands, each a list of ids, as rows: tokens and segment, int64 (B, L), with [PAD] and 0 at the end.
 
     length: L; without it, the longest row decides. Two pictures, the first with the commands a b c and d e, the
@@ -84,7 +84,7 @@ def as_rows(prompts, length=None):
     if length is None:
         # Few different lengths: a CPU prepares each matrix product anew for a size that it has not seen yet.
         length = -(-max(map(len, tokens)) // 8) * 8
-    return torch.tensor(pad(tokens, length)), torch.tensor(pad(segment, length))
+    return torch.tensor(pad(tokens, length), device=device), torch.tensor(pad(segment, length), device=device)
 
 
 def row_mask(segment, queries=None):
@@ -137,13 +137,13 @@ class Attention(nn.Module):
     Head h stands at [h*d, (h+1)*d] of the input of `out`: whoever removes a head does it there, since `out` mixes them.
     """
 
-    def __init__(self, dim, heads, kv_heads, head_dim, bias, dropout=0.0, path="auto"):
+    def __init__(self, dim, heads, kv_heads, head_dim, bias, cfg):
         super().__init__()
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.shared = heads // kv_heads
-        self.dropout = dropout
-        self.path = path
+        self.dropout = cfg.dropout
+        self.path = cfg.attention
         self.q = nn.Linear(dim, heads * head_dim, bias=bias)
         self.kv = nn.Linear(dim, 2 * kv_heads * head_dim, bias=bias)
         self.out = nn.Linear(heads * head_dim, dim, bias=bias)
@@ -193,12 +193,12 @@ class Attention(nn.Module):
 class GatedFFN(nn.Module):
     """down(act(gate(x)) * up(x)): GeGLU with the tanh GELU as in Gemma, or SwiGLU (arXiv:2002.05202, eq. 6)."""
 
-    def __init__(self, dim, hidden, kind, dropout=0.0):
+    def __init__(self, cfg):
         super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
-        self.kind = kind
-        self.dropout = dropout
+        self.gate_up = nn.Linear(cfg.text_dim, 2 * cfg.text_ffn_dim, bias=False)
+        self.down = nn.Linear(cfg.text_ffn_dim, cfg.text_dim, bias=False)
+        self.kind = cfg.ffn
+        self.dropout = cfg.dropout
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, -1)
@@ -241,7 +241,7 @@ class VisionBlock(nn.Module):
         D = cfg.vision_dim
         heads = cfg.vision_heads
         self.norm1 = nn.LayerNorm(D, eps=1e-6)
-        self.attn = Attention(D, heads, heads, D // heads, bias=True, dropout=cfg.dropout, path=cfg.attention)
+        self.attn = Attention(D, heads, heads, D // heads, bias=True, cfg=cfg)
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
         self.up = nn.Linear(D, cfg.vision_ffn_dim)
         self.down = nn.Linear(cfg.vision_ffn_dim, D)
@@ -388,11 +388,11 @@ class DecoderBlock(nn.Module):
         D = cfg.text_dim
         heads = cfg.text_heads, cfg.text_kv_heads, cfg.text_head_dim
         self.norm1 = RMSNorm(D)
-        self.attn = Attention(D, *heads, bias=False, dropout=cfg.dropout, path=cfg.attention)
+        self.attn = Attention(D, *heads, bias=False, cfg=cfg)
         self.norm2 = RMSNorm(D)
-        self.cross = Attention(D, *heads, bias=False, dropout=cfg.dropout, path=cfg.attention)
+        self.cross = Attention(D, *heads, bias=False, cfg=cfg)
         self.norm3 = RMSNorm(D)
-        self.ffn = GatedFFN(D, cfg.text_ffn_dim, cfg.ffn, cfg.dropout)
+        self.ffn = GatedFFN(cfg)
 
     def forward(self, x, vision, mask, rope, cache=None, attn=None):
         """x (B, L, D), vision (B, P, D) or None. attn: {"self", "cross"}, lists that receive weights, or None."""
@@ -429,6 +429,10 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    def embed(self, tokens):
+        # As logits the embedding must be small, as input of size 1: hence the factor, as in Gemma.
+        return self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
+
     def forward(self, tokens, segment, vision=None, cache=None, attn=None):
         """tokens and segment (B, L); vision (B, P, D), or None for no cross-attention.
 
@@ -443,8 +447,7 @@ class Decoder(nn.Module):
         mask = row_mask(segment, L)
         position = positions(segment)[:, -L:]
         rope = self.cos[position][:, :, None], self.sin[position][:, :, None]     # (B, L, 1, d) each
-        # As logits the embedding must be small, as input of size 1: hence the factor, as in Gemma.
-        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)      # (B, L, D)
+        x = self.embed(tokens)                                                    # (B, L, D)
         for block in self.blocks:
             x = block(x, vision, mask, rope, cache, attn)
         return self.norm(x)
@@ -553,9 +556,9 @@ class VLM(nn.Module):
     @torch.no_grad()
     def ask(self, images, prompts, dtype):
         """`odds` of prompts, lists of ids, a list of them for each of the pictures (B, 3, h, w): numpy float32 (n,)."""
-        tokens, segment = (rows.to(self.device) for rows in as_rows(prompts))
+        tokens, segment = as_rows(prompts, device=self.device)
         with autocast(dtype, self.device):
-            odds = self.odds(self.encode(images.to(self.device)), tokens, segment)
+            odds = self.odds(self.encode(images), tokens, segment)
         return odds.cpu().numpy()
 
     def contrastive_loss(self, vision, tokens, segment):
@@ -584,22 +587,20 @@ class VLM(nn.Module):
         """Freeze every weight, and let each linear layer learn a change of that rank instead (LoRA)."""
         self.adapted = True
         self.requires_grad_(False)
-        for name, layer in list(self.named_modules()):
-            if isinstance(layer, nn.Linear):
-                self.replace(name, LoRA(layer, rank))
+        self.replace(nn.Linear, lambda layer: LoRA(layer, rank))
 
     def merge_lora(self):
         """Add the learned changes to the weights: the same model without LoRA."""
         self.adapted = False
-        for name, layer in list(self.named_modules()):
-            if isinstance(layer, LoRA):
-                self.replace(name, layer.merged())
+        self.replace(LoRA, LoRA.merged)
         self.requires_grad_(True)
 
-    def replace(self, name, module):
-        """Put `module` in the place of the one that named_modules() calls `name`."""
-        parent, _, own = name.rpartition(".")
-        setattr(self.get_submodule(parent), own, module)
+    def replace(self, kind, make):
+        """Put make(module) in the place of every module of the class `kind`."""
+        for name, module in list(self.named_modules()):
+            if type(module) is kind:
+                parent, _, own = name.rpartition(".")
+                setattr(self.get_submodule(parent), own, make(module))
 
     @torch.no_grad()
     def generate(self, vision, prompts, max_new_tokens, beam=1, eos_id=EOS, use_cache=True):
@@ -737,12 +738,10 @@ def least_seconds(work, device, repeats=3):
 def main(cfg):
     device = pick_device(cfg)
     dtype, why = pick_dtype(cfg, device)
-    words = Path(cfg.data_dir) / "vocab.json"
-    V = len(json.loads(words.read_text(encoding="utf-8"))) if words.exists() else 256
+    V = len(Tokenizer(vocabulary()))
     torch.manual_seed(cfg.seed)
     model = VLM(cfg, V).to(device).eval()
-    print(f"device {device}, dtype {str(dtype)[6:]} ({why}), {torch.get_num_threads()} CPU threads, vocabulary {V}"
-          + ("" if words.exists() else f" (a stand-in: there is no {words} yet)"))
+    print(f"device {device}, dtype {str(dtype)[6:]} ({why}), {torch.get_num_threads()} CPU threads, vocabulary {V}")
 
     P = math.prod(model.vision.grid)
     patches = f"{P} x {cfg.vision_dim}"
@@ -765,7 +764,7 @@ def main(cfg):
         for B in (1, cfg.batch_size):
             images = image.expand(B, -1, -1, -1)
             commands = [[5] * (cfg.row_tokens // 8)] * 8
-            tokens, segment = (rows.to(device) for rows in as_rows([commands] * B))
+            tokens, segment = as_rows([commands] * B, device=device)
             took = least_seconds(lambda: model(images, tokens, segment), device)
             print(f"forward      {B} pictures, 8 commands each: {1000 * took:.1f} ms, {8 * B / took:,.0f} pairs/s")
         new = min(24, cfg.max_text - 8)

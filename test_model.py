@@ -427,7 +427,7 @@ def test_a_word_looks_at_its_command_so_far_and_at_every_patch():
 def test_attention_equals_the_formula(kv_heads, path):
     """softmax(q k^T / sqrt(d)) v, each key repeated for the heads that share it: output, gradient and weights."""
     torch.manual_seed(0)
-    layer = Attention(16, 4, kv_heads, 8, bias=True, path=path)
+    layer = Attention(16, 4, kv_heads, 8, bias=True, cfg=changed(DEFAULTS, attention=path))
     x = torch.randn(2, 5, 16, requires_grad=True)
     mask = row_mask(torch.tensor([[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]]))
     for source, bias in ((x, mask), (torch.randn(2, 9, 16), None)):
@@ -447,7 +447,7 @@ def test_attention_equals_the_formula(kv_heads, path):
 def test_rope_depends_on_relative_positions_only():
     torch.manual_seed(0)
     cos, sin = rope_tables(40, 8, 10000.0)
-    layer, x = Attention(16, 4, 2, 8, bias=False), torch.randn(1, 5, 16)
+    layer, x = Attention(16, 4, 2, 8, bias=False, cfg=DEFAULTS), torch.randn(1, 5, 16)
     mask = row_mask(torch.ones(1, 5))
 
     def at(position):
