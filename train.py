@@ -272,21 +272,20 @@ def prefetched(make, first, last, depth, threads=1):
 # loss is a sum over all tokens divided by one total, so the sum of gradients is exact where the mean that
 # DistributedDataParallel takes is not, and a stage that leaves parameters out needs nothing special.
 
-def started():
-    """(number of this process, its number on this machine, how many there are), as torchrun tells each that it starts.
+def processes():
+    """(number of this process, how many there are, its number on this machine), as torchrun tells each that it starts.
 
     Clusters set a part of this for programs of their own: that does not count.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    return 0, 0, 1
+        return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return 0, 1, 0
 
 
 def join_processes(device):
     """Meet the processes that torchrun started, if it did; returns the device of this one."""
-    _, local, ranks = started()
+    _, ranks, local = processes()
     if ranks > 1:
-        backend = "gloo"
         if device.type == "cuda":
             there = torch.cuda.device_count()
             if local >= there:
@@ -294,17 +293,8 @@ def join_processes(device):
                                 f"--nproc_per_node={there}")
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-            if dist.is_nccl_available():                    # not on Windows
-                backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
-
-
-def processes():
-    """(number of this process, how many there are): (0, 1) without torchrun."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def is_first():
@@ -319,7 +309,7 @@ def summed(tensor):
             dist.all_reduce(tensor)
         except RuntimeError as error:
             raise UserError("another process of this training has ended: to resume add --resume=True to the command, "
-                            f"with any number of processes ({str(error).splitlines()[0][:120]})") from None
+                            f"with any number of processes ({repr(error)[:120]})") from None
     return tensor
 
 
@@ -476,7 +466,7 @@ def predict(model, data, cfg, dtype, limit=0):
     batches, and each returns the whole.
     """
     model.eval()
-    rank, ranks = processes()
+    rank, ranks, _ = processes()
     average_statistics(model)
     rows = np.flatnonzero(data.index[:, 3] >= 0)
     if not len(rows):
@@ -507,11 +497,11 @@ def balanced_accuracy(truth, odds):
 
 # ---- checkpoints ----
 
-def save_checkpoint(path, content, *copies):
-    """Write content by a temporary file and os.replace, so that `path` is never half a checkpoint; copies alike."""
+def save_checkpoint(content, *paths):
+    """Write content by a temporary file and os.replace, so that no path is ever half a checkpoint."""
     buffer = io.BytesIO()
     torch.save(content, buffer)                             # to a path, torch.save would hide errors of the disk
-    for path in (path, *copies):
+    for path in paths:
         temporary = Path(f"{path}.tmp")
         try:
             with open(temporary, "wb") as file:
@@ -538,8 +528,8 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: run python train.py, or pass --checkpoint=FILE") from None
     except Exception as error:                              # unpickling fails in many ways
-        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path} is not a checkpoint of train.py, or it is damaged: {first}") from None
+        why = repr(error)[:120]
+        raise UserError(f"{path} is not a checkpoint of train.py, or it is damaged: {why}") from None
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise UserError(f"{path} is of format {found!r}, and this train.py reads format {FORMAT}: train again")
@@ -585,7 +575,7 @@ def export(cfg):
         raise UserError(f"{cfg.export} exists: export to another file, or delete it")
     model, _, _, state, _ = load_model(cfg)
     kept = {key: value for key, value in state.items() if key not in PROGRESS}
-    save_checkpoint(cfg.export, dict(kept, model=model.state_dict(), config=dict(state["config"], lora_rank=0)))
+    save_checkpoint(dict(kept, model=model.state_dict(), config=dict(state["config"], lora_rank=0)), cfg.export)
     print(f"exported the checkpoint of step {state['step']} to {cfg.export}")
 
 
@@ -719,19 +709,19 @@ class Run:
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
-            self.unlogged = [self.unlogged[0] + loss, self.unlogged[1] + 1, self.unlogged[2] + pairs]
+            self.unlogged = [old + new for old, new in zip(self.unlogged, (loss, 1, pairs))]
         clock.stop("optimizer")
         return loss, norm, done
 
-    def save(self, path, *copies):
+    def save(self, *paths):
         """Write a checkpoint; in several processes the first writes, and the others wait until it is written."""
         if is_first():
-            save_checkpoint(path, dict(
+            save_checkpoint(dict(
                 format=FORMAT, config=vars(self.cfg), words=self.data.tokenizer.words, mean=self.data.mean,
                 std=self.data.std, data_hash=config.data_hash(self.cfg), model=self.model.state_dict(),
                 tagger=self.tagger and self.tagger.state_dict(), optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(), step=self.step,
-                **{name: getattr(self, name) for name in MEMORY}), *copies)
+                **{name: getattr(self, name) for name in MEMORY}), *paths)
         summed(torch.zeros(1))
 
     def resume(self, path):
@@ -842,7 +832,7 @@ class Log:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
 
-    def looks(self, step, truth, said, batch, cross, data, grid):
+    def looks(self, run, truth, said, batch, cross):
         """Tell TensorBoard what was confused, and where the first questions of a batch looked.
 
         truth, said: bool (n,), whether YES is true and was answered; cross (layers, B, H, L, P).
@@ -850,11 +840,11 @@ class Log:
         if self.board:
             lines = [f"| {name} | {said[own].sum()} | {(~said[own]).sum()} |"
                      for name, own in (("YES", truth), ("NO", ~truth))]
-            self.board.add_text("confusion", "\n".join(["| truth | YES | NO |", "|---|---|---|", *lines]), step)
-            picture, asked = attention_pictures(batch, cross, data, grid)
+            self.board.add_text("confusion", "\n".join(["| truth | YES | NO |", "|---|---|---|", *lines]), run.step)
+            picture, asked = attention_pictures(batch, cross, run.data, run.model.vision.grid)
             if asked:
-                self.board.add_image("where it looked", picture, step)
-                self.board.add_text("where it looked", "; ".join(asked), step)
+                self.board.add_image("where it looked", picture, run.step)
+                self.board.add_text("where it looked", "; ".join(asked), run.step)
 
     def close(self):
         self.file.close()
@@ -901,9 +891,9 @@ def stop_at_bad_batch(run, loss, norm, out):
     cfg = run.cfg
     path = out / "bad_batch.pt"
     if is_first():
-        save_checkpoint(path, dict(
+        save_checkpoint(dict(
             step=run.step, loss=loss, norm=norm, position=run.step * cfg.grad_accum * cfg.batch_size,
-            micro_batches=[vars(micro) for micro in run.data.micro_batches(run.step, 0, cfg.batch_size)]))
+            micro_batches=[vars(micro) for micro in run.data.micro_batches(run.step, 0, cfg.batch_size)]), path)
     raise UserError(f"the loss is {loss}, the gradient norm {norm} at step {run.step}: nothing was updated. Lower the "
                     f"learning rates, or try --dtype=float32; {path} holds the batch")
 
@@ -972,7 +962,7 @@ def validate(run, val, log):
           f"(guessing: 0.693), cross-attention entropy {entropy:.2f} of {math.log(cross.shape[-1]):.2f}, "
           f"{time.time() - log.start:.0f} s", flush=True)
     log.row(run.step, val_accuracy=accuracy, val_loss=loss, attention_entropy=entropy)
-    log.looks(run.step, truth, odds > 0, batch, cross, run.data, run.model.vision.grid)
+    log.looks(run, truth, odds > 0, batch, cross)
     return accuracy
 
 
@@ -1019,21 +1009,20 @@ def train(cfg, make_model=VLM, make_data=Data):
     begin_with = (cfg.checkpoint or out / "last.pt") if cfg.resume else cfg.init_from
     if begin_with:
         load_checkpoint(begin_with)                         # what cannot be read is found before data are prepared
-    start = time.time()
     device = join_processes(pick_device(cfg))
-    rank, ranks = processes()
-    if cfg.batch_size < ranks:
-        raise UserError(f"batch_size={cfg.batch_size} pictures cannot be shared by {ranks} processes")
     with config.locked(out) if is_first() else contextlib.nullcontext():
         if not (cfg.resume or cfg.overwrite) and any((out / name).exists() for name in ("best.pt", "last.pt")):
             raise UserError(f"{out} holds a run: --resume=True goes on with it, --out_dir=FOLDER trains elsewhere, "
                             "--overwrite=True loses it")
-        return learn(cfg, device, start, make_model, make_data)
+        return learn(cfg, device, make_model, make_data)
 
 
-def learn(cfg, device, start, make_model, make_data):
-    """What train() does once the folder is its own. start: when it began."""
-    rank, ranks = processes()
+def learn(cfg, device, make_model, make_data):
+    """What train() does once the folder is its own."""
+    start = time.time()
+    rank, ranks, _ = processes()
+    if cfg.batch_size < ranks:
+        raise UserError(f"batch_size={cfg.batch_size} pictures cannot be shared by {ranks} processes")
     out = Path(cfg.out_dir)
     meta = ready_data(cfg)
     torch.manual_seed(cfg.seed)
@@ -1098,10 +1087,10 @@ def learn(cfg, device, start, make_model, make_data):
 
 
 if __name__ == "__main__":
-    if started()[0]:                                        # of several processes only the first speaks
+    if not is_first():                                      # of several processes only the first speaks
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     config.run(train, __doc__)
-    if started()[2] > 1:
+    if processes()[1] > 1:
         # On a busy machine a thread of the process group can outlive it, and abort a finished run as Python shuts down.
         sys.stdout.flush()
         os._exit(0)
