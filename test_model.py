@@ -754,17 +754,17 @@ def test_overrides_are_cast_to_the_type_of_their_setting(capsys):
     ("--patch_size=12 --image_width=120", "stem=conv"),
     ("--vision_heads=3", "vision_dim=128"), ("--text_kv_heads=3", "text_heads=8"), ("--text_head_dim=15", "even"),
     ("--vision_dim=6 --vision_heads=1 --vision_positions=sincos", "divisible by 4"), ("--batch_size=0", "from 1"),
-    ("--dropout=1", "below 1"), ("--min_lr=5", "from 0 to 1"), ("--workers=-1", "0 or above"),
+    ("--dropout=1", "below 1"), ("--min_lr=5", "from 0 to 1"), ("--workers=-1", "from 0"),
     ("--freeze_pictures=-2", "from -1"), ("--lora_rank=2", "--init_from"), ("--commands_stored=1", "at least 2"),
-    ("--seed=9223372036854775808", "below 2**63"), ("--dpi=99999", "30 to 1200"), ("batch_size=3", "--key=value"),
-    ("--image_width=1e300", "below 2**63"), ("--min_pixels=0", "above 0"), ("--min_pixels=inf", "above 0"),
+    ("--seed=9223372036854775808", "to 10^12"), ("--dpi=99999", "30 to 1200"), ("batch_size=3", "--key=value"),
+    ("--image_width=1e300", "to 10^12"), ("--min_pixels=0", "from 1"), ("--min_pixels=inf", "to 10^9"),
     ("--min_pixels=200", "image_width=160"), ("--min_visible=2", "from 0 to 1"), ("--place_margin=0.17", "0.16"),
     ("--near_line=9", "from 0.01 to 1"), ("--far_height=1e-300", "from 0.01 to 1"),
     ("--close_height=1.5", "from 0.01 to 1"), ("--dpi=1", "30 to 1200"), ("--beam=999", "1 to 20"),
     ("--seeds=21", "1 to 20"), ("--lr=2", "up to 1"), ("--read_pictures=1e300", "10^12"),
     ("--text_layers=1e6", "to 10,000"), ("--rope_theta=1e-300", "from 1"), ("--grad_clip=1e308", "to 1000"),
     ("--early_stopping=-1", "from 0"), ("--bootstrap=1e9", "to 10,000"), ("--out_dir=", "empty"),
-    ("--data_dir=", "empty"), ("--image=a\0b", "a path"), ("--command=a\0b", "a text")])
+    ("--data_dir=", "empty")])
 def test_a_wrong_setting_is_one_line_that_says_what_would_work(arguments, says):
     refuses(lambda: config.from_args(arguments.split()), says)
 
@@ -903,7 +903,6 @@ def test_text_survives_encoding_and_decoding_and_any_text_is_encoded(lexicon):
     assert lexicon.decode([tokenizer.SOS] + ids + [tokenizer.EOS] + ids) == text
     assert lexicon.encode("[PAD] [SOS] [EOS] [UNK] [YES] [NO]") == list(range(6))
     assert len(set(lexicon.words)) == len(lexicon) == len(lexicon.ids)
-    assert lexicon.unknown("is there a pedestrain or a car?") == ["pedestrain"]
     assert lexicon.encode("zzzzqqq car") == [tokenizer.UNK, lexicon.ids["car"]]
     rng, alphabet = random.Random(0), [*" ?!.,'[]_-\t\n\0\ud800éß中🚗١", "[PAD]", "[YES]", "is", "there", "bus"]
     for _ in range(300):
@@ -911,7 +910,7 @@ def test_text_survives_encoding_and_decoding_and_any_text_is_encoded(lexicon):
         prompt = lexicon.prompt(text)
         assert prompt[0] == tokenizer.SOS and prompt[-1] == lexicon.ids["?"]
         assert all(0 <= i < len(lexicon) for i in prompt)
-        assert len(lexicon.unknown(text)) <= len(tokenizer.split_words(text))
+        assert len(lexicon.encode(text)) == len(tokenizer.split_words(text))
 
 
 def test_a_text_is_command_and_one_question_mark_verdict_reason_end_and_padding(lexicon):
@@ -940,7 +939,7 @@ def test_the_vocabulary_has_200_to_500_words_and_all_that_is_ever_written(lexico
     assert {word for text in held_out for word in text.split()} <= {word for text in trained for word in text.split()}
     texts = trained | {i[part] for items in drawn.items.values() for i in items for part in ("reason", "command")}
     assert not any("{" in text for text in texts | held_out)
-    assert {word for text in texts for word in lexicon.unknown(text)} == set()
+    assert not any(tokenizer.UNK in lexicon.encode(text) for text in texts)
     assert json.loads(Path(drawn.cfg.data_dir, "vocab.json").read_text(encoding="utf-8")) == lexicon.words
     assert 200 <= len(lexicon) <= 500
 

@@ -59,10 +59,6 @@ class Tokenizer:
                 words.append(self.words[i])
         return " ".join(words)
 
-    def unknown(self, text):
-        """The words of `text` that are not in the vocabulary."""
-        return [word for word in split_words(text) if word not in self.ids]
-
     def prompt(self, command):
         """Ids of `[SOS] command ?`. The one `?` replaces all punctuation at the end of the command."""
         words = split_words(command)
@@ -101,7 +97,8 @@ if __name__ == "__main__":
     with config.for_people():
         tokenizer = Tokenizer(vocabulary())
         print(f"vocabulary: {len(tokenizer)} words")
-        for i in tokenizer.prompt(sys.argv[1]):
+        ids = tokenizer.prompt(sys.argv[1])
+        for i in ids:
             print(f"{i:5d}  {tokenizer.words[i]}")
-        for word in tokenizer.unknown(sys.argv[1]):
-            print(f"warning: '{word}' is not in the vocabulary")
+        if UNK in ids:
+            print("[UNK]: a word that is not in the vocabulary")
