@@ -38,7 +38,6 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
-from PIL.Image import Transpose as Turn
 
 import commands
 import config
@@ -999,15 +998,8 @@ VIDEO = re.compile(r"(\w{8}-\w{8})-\d{7}\.")    # a frame of a sequence: name of
 # Where the labels of train or val are, and the folder of their pictures. The first that exists is read.
 LAYOUTS = (("*{}*.json*", "100k"), ("det_20/*{}*.json*", "100k"), ("100k/{}/*.json", "100k"),
            ("box_track_20/{}/*.json", "track"))
-MAX_PIXELS = 55_000_000       # a picture with more pixels in memory is refused before it is decoded
+MAX_PIXELS = 55_000_000       # a larger picture is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = None                   # for the whole process: the limit above replaces Pillow's mere warning
-# What makes a picture upright, by its EXIF orientation (tag 0x0112) from 2 on; from 5 on, width and height swap.
-TURNS = dict(enumerate((Turn.FLIP_LEFT_RIGHT, Turn.ROTATE_180, Turn.FLIP_TOP_BOTTOM, Turn.TRANSPOSE, Turn.ROTATE_270,
-                        Turn.TRANSVERSE, Turn.ROTATE_90), 2))
-# Files that are taken for pictures, by the bytes that they begin with.
-FOREIGN = ((rb"version https://git-lfs", "it is a Git-LFS pointer: fetch the picture itself with git lfs pull"),
-           (rb"....ftyp", "it is a HEIC, AVIF or video file, which Pillow does not read here: save it as JPEG"),
-           (rb"", "it is empty, or of no kind that Pillow knows"))
 
 
 class BadPicture(UserError):
@@ -1018,15 +1010,6 @@ class BadPicture(UserError):
         self.kind = kind
 
 
-def once(pairs):
-    """A JSON object as a dict. Raises ValueError where one of its values would replace another in silence."""
-    whole = dict(pairs)
-    if len(whole) < len(pairs):
-        raise ValueError(f"a name stands twice among {', '.join(name for name, _ in pairs)[:80]}")
-    return whole
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=once)
 # What comes before the first record of a list, or of a dict with a list of them under "frames". Frames with objects are
 # no records, but those of one (2018, a file for each picture).
 OPENING = re.compile(r'\s*(\[|{.*?"frames"\s*:\s*\[(?!\s*{[^{}[\]]*"objects"))', re.DOTALL)
@@ -1038,6 +1021,7 @@ def stream_records(path, chunk=1 << 20):
     The file holds a list of records, a dict with such a list under "frames", or records one after another (JSON lines;
     2018, a file for each picture: one alone). Raises UserError for a file that holds anything else, or ends too early.
     """
+    decode = json.JSONDecoder().raw_decode
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             text = file.read(16 * chunk)
@@ -1049,12 +1033,10 @@ def stream_records(path, chunk=1 << 20):
                 at = re.compile(r"[\s,]*").match(text, at).end()
                 if opening and text.startswith("]", at):
                     # What stands around the records must be JSON too, and nothing may follow it.
-                    around = DECODER.decode(opening[0] + text[at:] + file.read())
-                    if "labels" in around:
-                        yield around
+                    json.loads(opening[0] + text[at:] + file.read())
                     return
                 try:
-                    record, at = DECODER.raw_decode(text, at)
+                    record, at = decode(text, at)
                 except json.JSONDecodeError as error:
                     # Either the record continues in the next chunk, or it is broken. It is broken when the error is
                     # far from the end of what was read, or when no record could be as long as this one.
@@ -1068,22 +1050,19 @@ def stream_records(path, chunk=1 << 20):
                     continue
                 if not isinstance(record, dict):
                     raise ValueError(f"it holds {type(record).__name__} items, not frames")
-                if not opening and "name" not in record and "labels" not in record:
-                    raise ValueError(f"it holds {', '.join(record)[:80]}, but no list of frames")
                 yield record
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the labels {path}: {error}") from None
 
 
 def labels_of(raw):
-    """The list of labels of a raw record, of whichever format; None where its frames are not a single one."""
+    """The list of labels of a raw record, of whichever format."""
     labels = raw.get("labels")
     frames = raw.get("frames")
     if frames and not labels:
-        # 2018, a file for each picture: the objects are those of its only frame.
-        if not (isinstance(frames, list) and len(frames) == 1 and isinstance(frames[0], dict)):
-            return None
-        labels = frames[0].get("objects")
+        # 2018, a file for each picture: the objects are those of its only frame. Other frames are no labels.
+        single = isinstance(frames, list) and len(frames) == 1 and isinstance(frames[0], dict)
+        labels = frames[0].get("objects") if single else frames
     if isinstance(labels, list):
         return labels
     return [labels] if labels else []
@@ -1098,14 +1077,11 @@ def attributes_of(raw):
 def clean_record(raw):
     """A raw record of any format as ours, with boxes in its own pixels, and its problems: [(what, kind, reason)].
 
-    what: what the problem costs: "frame"; "label"; "colour" (the label stays); "unused" is no problem, only counted.
+    what: what the problem costs: "label"; "colour" (the label stays); "unused" is no problem, only counted.
     """
     labels = []
     problems = []
-    given = labels_of(raw)
-    if given is None:
-        problems.append(("frame", "malformed record", f"frames {str(raw['frames'])[:80]}"))
-    for label in given or []:
+    for label in labels_of(raw):
         category = label.get("category") if isinstance(label, dict) else None
         if not isinstance(category, str):
             problems.append(("label", "malformed label", str(label)[:80]))
@@ -1156,60 +1132,46 @@ def fit_record(record, width, height, size):
         x1, y1, x2, y2 = cut = clipped(edges, width, height)
         # Written so that "not a number" fails too.
         if not (x1 < x2 and y1 < y2 and max(x2, y2) > 2):
-            kind = "box empty, inverted or outside the picture"
-            if 0 < max(edges) <= 2:
-                kind = "box in shares, not in pixels"
-            problems.append(("label", kind, f"{label['category']} {edges} in {width}x{height}"))
+            problems.append(("label", "box empty, inverted, outside the picture, or in shares of its sides",
+                             f"{label['category']} {edges} in {width}x{height}"))
             continue
         scaled = [round(v * new / old, 2) for v, new, old in zip(cut, size + size, (width, height, width, height))]
         labels.append(dict(label, box2d=dict(zip(EDGES, scaled))))
     return dict(record, labels=labels), problems
 
 
-def load_picture(path, size=None):
-    """The picture at `path` as an upright RGB image. Raises BadPicture with the path.
+def picture_and_sides(path, size):
+    """The picture at `path` as an upright RGB image of `size` (width, height), and its upright sides before.
 
-    size: decode a JPEG at about this size (draft scaling, several times faster) and resize to it, a (width, height).
+    A JPEG is decoded at about this size (draft scaling, several times faster). Raises BadPicture with the path.
     """
-    return picture_and_sides(path, size)[0]
-
-
-def picture_and_sides(path, size=None):
-    """As load_picture; returns the image and its upright (width, height) before it was resized."""
     try:
         with Image.open(path) as image:
             sides = image.size
+            if image.width * image.height > MAX_PIXELS:
+                raise BadPicture("huge picture", f"{path} has {image.width}x{image.height} pixels, over {MAX_PIXELS}")
             # The decoder of JPEG can leave out detail at once. The 3/2 keep what the resizing needs.
-            if size:
-                image.draft("RGB", tuple(3 * side // 2 for side in size))
-            # It holds all detail of a progressive one even then.
-            held = sides if "progressive" in image.info else image.size
-            if held[0] * held[1] > MAX_PIXELS:
-                raise BadPicture("huge picture", f"{path} has {sides[0]}x{sides[1]} pixels, over {MAX_PIXELS}")
+            image.draft("RGB", tuple(3 * side // 2 for side in size))
             image.load()
             # A photo may be stored lying on its side, with a note in its EXIF data that says how to turn it. Where they
-            # are damaged, it stays as it is.
-            orientation = 1
+            # are damaged, it is turned all the same, or stays as it is.
+            stored = image.size
             with contextlib.suppress(Exception):
-                orientation = image.getexif().get(0x0112)
-            if orientation in TURNS:
-                image = image.transpose(TURNS[orientation])
-                sides = sides[::-1] if orientation > 4 else sides
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.size != stored:
+                sides = sides[::-1]
             if image.mode[0] in "IF":
                 image = from_deep_grey(image)
             image = image.convert("RGB")
-            if size:
-                image = image.resize(size, Image.BICUBIC, reducing_gap=2.0)
-            return image, sides
+            return image.resize(size, Image.BICUBIC, reducing_gap=2.0), sides
     except BadPicture:
         raise
     except FileNotFoundError:
         raise BadPicture("missing picture", f"there is no picture {path}") from None
     except UnidentifiedImageError:
-        with open(path, "rb") as file:
-            head = file.read(64)
-        what = next(what for mark, what in FOREIGN if re.match(mark, head, re.DOTALL))
-        raise BadPicture("not a picture", f"cannot read {path} as a picture: {what}") from None
+        raise BadPicture("not a picture", f"cannot read {path} as a picture: it is empty, a Git-LFS pointer (git lfs "
+                         "pull fetches the picture), or of a kind that is not read here, such as HEIC: save it as "
+                         "JPEG") from None
     except Exception as error:
         # Whatever Pillow raises for a damaged file, TypeError and MemoryError too, is about this picture alone.
         raise BadPicture("truncated or broken picture", f"cannot read {path} as a picture: {error!r}") from None
@@ -1233,7 +1195,7 @@ def label_files(root):
         for files, pictures in label_places(root, folder):
             try:
                 if not any(isinstance(label, dict) and label.get("box2d") for _, raw, _ in raw_records(files)
-                           for label in labels_of(raw or {}) or []):
+                           for label in labels_of(raw or {})):
                     raise UserError(f"{files[0]} holds not one box (box2d)")
             except UserError as error:
                 passed.append(str(error))
@@ -1462,17 +1424,6 @@ class Frames:
         return json.loads(line)
 
 
-@contextlib.contextmanager
-def naming_the_file(folder):
-    """An error without the name of a file, such as that of a full disk, gets that of the file written to last."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename:
-            raise
-        raise UserError(f"cannot write {max(folder.iterdir(), key=os.path.getmtime)}: {error}") from None
-
-
 def prepare(cfg):
     """Draw or read every frame, choose its commands, and write data_dir. Returns the content of meta.json.
 
@@ -1484,16 +1435,15 @@ def prepare(cfg):
     folder = root / "unfinished"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with naming_the_file(folder):
-        work, jobs, total = drawn_jobs(cfg) if cfg.source == "drawn" else bdd_jobs(cfg, folder)
-        # A picture comes with some 12,000 bytes of labels, commands and tokens.
-        needed = total * (3 * cfg.image_width * cfg.image_height + 12_000) / 1e9
-        free = shutil.disk_usage(folder).free / 1e9
-        if needed > free:
-            raise UserError(f"{folder / 'images.bin'} and the files beside it need about {needed:.2g} GB for {total} "
-                            f"pictures, but {free:.2g} GB are free: make room, or choose another data_dir")
-        stored = store_frames(folder, parallel(work, jobs, cfg, "pictures", total), total, cfg)
-        report = write_commands(folder, stored, cfg)
+    work, jobs, total = drawn_jobs(cfg) if cfg.source == "drawn" else bdd_jobs(cfg, folder)
+    # A picture comes with some 12,000 bytes of labels, commands and tokens.
+    needed = total * (3 * cfg.image_width * cfg.image_height + 12_000) / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
+    if needed > free:
+        raise UserError(f"{folder / 'images.bin'} and the files beside it need about {needed:.2g} GB for {total} "
+                        f"pictures, but {free:.2g} GB are free: make room, or choose another data_dir")
+    stored = store_frames(folder, parallel(work, jobs, cfg, "pictures", total), total, cfg)
+    report = write_commands(folder, stored, cfg)
     mean, std = channel_statistics(folder / "images.bin", stored.splits)
     meta = dict(magic=MAGIC, version=VERSION, hash=config.data_hash(cfg), frames=len(stored.splits),
                 settings={k: getattr(cfg, k) for k in config.DATA_KEYS}, splits=Counter(stored.splits.tolist()),

@@ -1353,7 +1353,8 @@ def answer_picture(cfg):
     cfg = subject.cfg
     # Commands are checked before anything is answered.
     asked = [commands.understood(text) for text in (cfg.command, cfg.command2) if text]
-    picture = np.asarray(prepare.load_picture(cfg.image, prepare.size_of(cfg)))
+    picture, _ = prepare.picture_and_sides(cfg.image, prepare.size_of(cfg))
+    picture = np.asarray(picture)
     shots = []
     for texts in asked:
         tried = [answer(subject, picture, text) for text in texts]
