@@ -175,7 +175,7 @@ class View:
             places = [p for p in PLACES if p in central or covers[p] > cfg.maybe_share]
             fills = [p for p in PLACES if covers[p] > cfg.block_share]
             near, closeness = nearness(category, y1, y2, cfg)
-            colour = label.get("attributes", {}).get("trafficLightColor", "none")
+            colour = label["attributes"]["trafficLightColor"]
             self.objects.append(Thing(category, certain, place, places, fills, near, closeness, colour, share, index))
         self.objects.sort(key=lambda thing: -thing.closeness)
         self.light = self._light()

@@ -29,7 +29,6 @@ import itertools
 import json
 import math
 import random
-import re
 import time
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
@@ -419,10 +418,9 @@ class Questions:
         if self.cfg.source != "drawn" or self.data.name != "test":
             return []
         found = []
-        with open(Path(self.cfg.data_dir) / "twins.jsonl", encoding="utf-8") as file:
-            for twin in map(json.loads, file):
-                if twin[kind] and twin["item"] in self.at:
-                    found.append((self.at[twin["item"]], twin[kind]))
+        for twin in prepare.Frames(Path(self.cfg.data_dir) / "twins.jsonl"):
+            if twin[kind] and twin["item"] in self.at:
+                found.append((self.at[twin["item"]], twin[kind]))
         return found
 
     def jobs(self, chosen=None, shown=None):
@@ -524,17 +522,13 @@ def span(value, *starts):
     return str(low) if last == low else f"{low}-{last}"
 
 
-def in_order(group):
-    """Sort key of a group's name: numbers by size, so that "9-10" comes before "11+"; words after numbers."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", group)]
-
-
 def groups_of(asked, i):
     """{breakdown: groups that question i is in}: one group, but for its objects, of which it may name two or none."""
     question = asked.questions[i]
     frame = asked.frame(i)
     of_kind = [thing for thing in asked.view(i).objects if thing.category in question.objects]
-    groups = {
+    conditions = frame["attributes"]
+    return {
         "family": [question.family],
         "level": [question.level],
         "template": [question.template],
@@ -543,10 +537,10 @@ def groups_of(asked, i):
         "objects seen in the scene": [span(frame["complexity"], 0, 3, 5, 7, 9)],
         "objects of the asked kind": [span(len(of_kind), 0, 1, 2, 3) if question.objects else "none asked"],
         # Without [SOS] and the question mark, which every command has.
-        "words": [span(len(asked.prompts[i]) - 2, 0, 5, 7, 9)]}
-    for name, key in (("weather", "weather"), ("time of day", "timeofday"), ("scene", "scene")):
-        groups[name] = [frame["attributes"].get(key) or "undefined"]
-    return groups
+        "words": [span(len(asked.prompts[i]) - 2, 0, 5, 7, 9)],
+        "weather": [conditions["weather"]],
+        "time of day": [conditions["timeofday"]],
+        "scene": [conditions["scene"]]}
 
 
 def broken_down(asked, odds):
@@ -558,7 +552,7 @@ def broken_down(asked, odds):
                 members.setdefault(name, {}).setdefault(group, []).append(i)
     found = {}
     for name, groups in members.items():
-        order = FAMILIES if name == "family" else sorted(groups, key=in_order)
+        order = FAMILIES if name == "family" else sorted(groups)
         found[name] = {group: asked.accuracy(odds, np.array(groups[group], int)) for group in order}
     return found
 
@@ -1134,8 +1128,8 @@ def parts(question, view):
     """The simpler questions that make up this one and whose truth is certain; none for the simplest."""
     def simplest(name):
         if name in LIGHTS:
-            return Question("light", name.split()[0], "")
-        return Question("exists", name, "")
+            return Question("light", name.split()[0])
+        return Question("exists", name)
     template = question.template
     found = []
     # Each part is one thing that must be seen, or one side that must be judged, to answer the whole.
@@ -1144,9 +1138,9 @@ def parts(question, view):
     elif question.other:
         found = [simplest(question.category), simplest(question.other)]
     elif template in ("straight", "stop", "turn", "change"):
-        found = [Question("clear", place, "") for place in question.ways()]
+        found = [Question("clear", place) for place in question.ways()]
         if question.obeys_light():
-            found += [Question("light", colour, "") for colour in commands.COLOURS]
+            found += [Question("light", colour) for colour in commands.COLOURS]
     elif template == "clear":
         found = [Question("exists_at", category, question.side) for category in commands.ROAD_USERS]
         # What blocks a side may have its centre elsewhere. Whether it is at that side is unsure then; it must be seen.

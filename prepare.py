@@ -1391,8 +1391,8 @@ def progress(items, label, total=None):
 def parallel(function, jobs, cfg, label, total):
     """Yields function(job) for all `total` jobs in order, from cfg.workers processes (0: one a core), with progress."""
     # A cluster often grants a process a few cores of many, which Linux tells.
-    mine = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
-    workers = cfg.workers or len(mine)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    workers = cfg.workers or cores
     # For a few jobs, starting processes would take longer than the work.
     if workers == 1 or total <= 64:
         yield from progress(map(function, jobs), label, total)
@@ -1625,9 +1625,6 @@ def _write_items(folder, name, items, tokenizer, cfg):
             yes[template] += item["answer"] is True
     # Read back one by one: the dicts of a large split would fill the memory.
     tokens, index = packed(Frames(path), tokenizer)
-    if tokens.shape[1] > cfg.max_text:
-        raise UserError(f"a command with its reason has {tokens.shape[1]} tokens, over max_text={cfg.max_text}; raise "
-                        "max_text")
     np.save(folder / f"tokens_{name}.npy", tokens)
     np.save(folder / f"index_{name}.npy", index)
     return asked, dict(commands=families.total() - families["describe"], yes=yes.total(), families=families,
@@ -1666,8 +1663,7 @@ def twins_of_one(job):
 
 def read_items(folder, name):
     """The finished commands of a set, as dicts."""
-    with open(Path(folder) / f"commands_{name}.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return list(Frames(Path(folder) / f"commands_{name}.jsonl"))
 
 
 def stored_images(cfg, meta):
@@ -1679,10 +1675,11 @@ def stored_images(cfg, meta):
 
 def ready(cfg):
     """The content of meta.json; where there are no data yet, they are prepared and reported on first."""
-    if not (Path(cfg.data_dir) / "meta.json").exists():
+    path = Path(cfg.data_dir) / "meta.json"
+    if not path.exists():
         with config.locked(cfg.data_dir, waits=True):
             # Another process may have prepared them while this one waited.
-            if not (Path(cfg.data_dir) / "meta.json").exists():
+            if not path.exists():
                 print(f"no data in {cfg.data_dir}: preparing them")
                 make(cfg)
     return load_meta(cfg)
@@ -1712,18 +1709,26 @@ def load_meta(cfg):
 
 # ---- report ----
 
+def sets_table(report):
+    """What the report of meta.json says about each set: (names of the columns, rows of them)."""
+    rows = []
+    for name in SETS:
+        entry = report[name]
+        share = f"{100 * entry['yes'] / entry['commands']:.1f}%" if entry["commands"] else "-"
+        families = ", ".join(f"{family} {count}" for family, count in sorted(entry["families"].items()))
+        rows.append((name, entry["pictures"], entry["commands"], share, families))
+    return ("set", "pictures", "questions", "YES", "families"), rows
+
+
 def print_report(meta, cfg):
     print(f"\n{cfg.data_dir}: {meta['frames']} pictures of {cfg.image_width}x{cfg.image_height}, {meta['rejected']} "
           f"rejected, in {meta['seconds']} s")
     for name in ("mean", "std"):
         print(f"channel {name} " + " ".join(f"{x:.3f}" for x in meta[name]))
     report = meta["report"]
-    print(f"{'set':<12} {'pictures':>8} {'questions':>9} {'YES':>6}  families")
-    for name in SETS:
-        r = report[name]
-        share = f"{100 * r['yes'] / r['commands']:.1f}%" if r["commands"] else "-"
-        families = ", ".join(f"{family} {count}" for family, count in sorted(r["families"].items()))
-        print(f"{name:<12} {r['pictures']:>8} {r['commands']:>9} {share:>6}  {families}")
+    header, rows = sets_table(report)
+    for row in (header, *rows):
+        print("{:<12} {:>8} {:>9} {:>6}  {}".format(*row))
     if "twins" in report:
         print("twins: {flips} of {items} test questions have an edit that flips the answer".format(**report["twins"]))
     if any(report["dropped"].values()):

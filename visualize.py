@@ -23,7 +23,6 @@ import json
 import math
 import re
 import textwrap
-import warnings
 import zipfile
 from collections import namedtuple
 from itertools import islice
@@ -47,7 +46,7 @@ import train
 from commands import View, corners
 from config import UserError
 from evaluate import cover, enrichment, entropy, mass_in_box, pointing, text_of
-from tokenizer import NO, UNK, YES, split_words
+from tokenizer import NO, YES, split_words
 
 # ---- answering ----
 
@@ -66,23 +65,21 @@ def answer(subject, picture, command):
         verdict       "YES", "NO", or None for a description
         probability   of the verdict, from the two-way softmax over [YES] and [NO] at `?`; None for a description
         reason        text, or the description
-        words         the command's words (n), as typed; those unknown to the model end in [UNK]
+        words         the command's words (n)
         cross         float32 numpy (L, H, n + 1, rows, columns): one map per word; the last is that of the answer
         maps          their mean over layers and heads (n + 1, rows, columns)
         vision, text  self-attention, float32 numpy (layers, heads, P, P) and (L, H, T, T)
         picture, boxes   the picture, and for each map the labels to outline: none, unless the caller adds them
-    Raises UserError for a command that is too long.
+    Raises UserError where the command and max_new_tokens are too long together.
     """
     cfg = subject.cfg
     ids = subject.tokenizer.prompt(command)
-    # The prompt has [SOS] and `?` besides the words, and the command's own punctuation at its end is not in it.
-    words = split_words(command)[:len(ids) - 2]
     # The reason has to fit behind the command, into the positions that the model was trained with.
-    room = cfg.max_text - cfg.max_new_tokens - 2
-    if len(words) > room:
-        raise UserError(f"the command is too long: {len(words)} words, counting commas, and {max(room, 0)} fit "
-                        f"(max_text={cfg.max_text} less max_new_tokens={cfg.max_new_tokens} and 2); shorten it or "
-                        "lower --max_new_tokens")
+    if len(ids) + cfg.max_new_tokens > cfg.max_text:
+        raise UserError(f"max_new_tokens={cfg.max_new_tokens} and the {len(ids)} tokens of this command are more than "
+                        f"max_text={cfg.max_text}: lower --max_new_tokens")
+    # The prompt has [SOS] and `?` besides the words.
+    words = [subject.tokenizer.words[i] for i in ids[1:-1]]
     # No autocast: in bfloat16, which has 8 bits, the largest patches of a map would tie.
     images = subject.images(picture[None])
     logits, attn = subject.model(images, torch.tensor([ids], device=subject.device), return_attn=True)
@@ -92,9 +89,8 @@ def answer(subject, picture, command):
     verdict = None
     probability = None
     spoken = []
-    # A description is known by its command or, for a command in other words, by the first word of the model.
-    describes = " ".join(words) in commands.DESCRIBE or logits.argmax().item() not in (YES, NO)
-    if not describes:
+    template, _ = commands.askable()[commands.only_words(command)]
+    if template not in commands.DESCRIPTIONS:
         # The verdict is decided here, so that it is the one whose attention is shown; generation continues from it.
         odds = logits[YES] - logits[NO]
         verdict = yes_no(odds >= 0)
@@ -106,8 +102,7 @@ def answer(subject, picture, command):
 
     # [SOS] comes first and has no map; the map at `?` is that of the answer.
     cross = attn["cross"][:, :, 1:].reshape(cfg.text_layers, cfg.text_heads, -1, *subject.grid)
-    shown = [word + " [UNK]" * (i == UNK) for word, i in zip(words, ids[1:])]
-    return Shot(verdict, probability, subject.tokenizer.decode(reason), shown, cross, cross.mean((0, 1)),
+    return Shot(verdict, probability, subject.tokenizer.decode(reason), words, cross, cross.mean((0, 1)),
                 attn["vision"], attn["self"], picture, [()] * (len(words) + 1))
 
 
@@ -153,8 +148,6 @@ plt.rcParams.update({
     "ytick.labelsize": FONT - 0.5, "legend.fontsize": FONT - 0.5, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3,
     "axes.titleweight": "bold", "axes.titlelocation": "left", "pdf.fonttype": 42, "axes.formatter.min_exponent": 2})
-# Commands may be typed in a script that the font lacks; such letters are drawn as empty boxes.
-warnings.filterwarnings("ignore", "Glyph")
 
 
 def save(drawn, path, dpi, vector=False):
@@ -291,9 +284,7 @@ def draw_panels(rows, title, subtitle, vmax=0.0):
     figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="compressed", figsize=(width, height))
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
 
-    # Commands may hold $ signs, which matplotlib would read as mathematics: hence parse_math.
-    figure.suptitle(wrapped(title, width, FONT + 1.5), x=0.01, ha="left", fontsize=FONT + 1.5, weight="bold",
-                    parse_math=False)
+    figure.suptitle(wrapped(title, width, FONT + 1.5), x=0.01, ha="left", fontsize=FONT + 1.5, weight="bold")
     figure.supxlabel(wrapped(subtitle, width, FONT - 1), x=0.01, ha="left", **SMALL)
     for line, (text, panels) in zip(axes, rows):
         line[0].text(-0.08, 0.5, wrapped(text, 1, FONT - 1), fontsize=FONT - 1, ha="right", va="center",
@@ -314,7 +305,7 @@ def draw_panel(axes, panel, scale, size, font):
     """One panel: its picture, its map, its boxes, the text above and below. size: of its width, in inches."""
     axes.set(xticks=[], yticks=[])
     axes.set_title(wrapped(panel.label, size, font), fontsize=font, pad=2.5, loc="center", color=INK,
-                   weight="normal", parse_math=False)
+                   weight="normal")
     axes.set_xlabel(note_of(panel), fontsize=font - 1, color=QUIET, labelpad=2, linespacing=1.15)
     axes.spines[:].set(visible=True, color=QUIET, linewidth=0.5)
     height, width = panel.picture.shape[:2]
@@ -430,7 +421,7 @@ def draw_words(shot, layer=None):
     rest = f"Mean of {layers} layers × {heads} heads."
     vmax = 0.0
     if layer is not None:
-        by_layer = shot.cross.mean(1)                    # (L, n + 1, side, side)
+        by_layer = shot.cross.mean(1)                    # (L, n + 1, rows, columns)
         maps = by_layer[layer]
         rest = f"Layer {layer}, mean of {heads} heads."
         # The frames of an animation share one scale.
@@ -515,7 +506,7 @@ SCENE = {"words": draw_words, "layers": draw_layers, "heads": draw_heads, "visio
 class Report:
     """What all figures are drawn from. Raises UserError, with the command that makes what is missing.
 
-    subject, cfg, side: evaluate.Subject, its settings, patches along a side; page: eval.json; failures: dicts; stored:
+    subject, cfg, grid: evaluate.Subject, its settings, its patches; page: eval.json; failures: dicts; stored:
     attention.npz; asked: evaluate.Questions of the page's split; meta: of the data; seed: of all random choices.
     """
 
@@ -791,7 +782,7 @@ def figure_complexity(report):
 
 
 def read_log(path, names):
-    """What log.csv measured: {name: (thousands of pictures, values)}. Raises UserError for a damaged file."""
+    """What log.csv measured: {name: (thousands of pictures, values)}. Raises UserError for a file it cannot read."""
     found = {}
     try:
         log = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
@@ -799,19 +790,16 @@ def read_log(path, names):
             # A row has only what was measured at its update.
             rows = [row for row in log if row[name]]
             found[name] = [int(row["pictures"]) / 1000 for row in rows], [float(row[name]) for row in rows]
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({error!r}): delete it to make the report without it") from None
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error!r}).") from None
     return found
 
 
 def figure_training(report):
     cfg = report.cfg
-    path = Path(cfg.out_dir) / "log.csv"
-    if not path.exists():
-        return f"There is no {path}."
     shown = {"loss": "loss, nats", "lr": "learning rate", "grad_norm": "gradient norm",
              "val_accuracy": "validation", "val_loss": "validation loss", "attention_entropy": "entropy, nats"}
-    log = read_log(path, shown)
+    log = read_log(Path(cfg.out_dir) / "log.csv", shown)
     figure, axes = plot(1, len(shown), 1.9, sharex=True)
     # Where the first stage ends.
     stage = train.see_updates(cfg) * cfg.batch_size * cfg.grad_accum
@@ -1173,19 +1161,6 @@ def results(page):
     return table_html(("what", "% [95% interval]", "n", "compare with"), rows)
 
 
-def data_sets(meta):
-    rows = []
-    for name, entry in meta["report"].items():
-        # The report also holds numbers that are not of one set.
-        if "families" not in entry:
-            continue
-        families = ", ".join(f"{family} {n}" for family, n in sorted(entry["families"].items()))
-        # A set may be empty: real pictures hold no scenes of another distribution.
-        share = f"{100 * entry['yes'] / max(entry['commands'], 1):.1f}%"
-        rows.append((name, entry["pictures"], entry["commands"], share, families))
-    return table_html(("set", "pictures", "questions", "YES", "families"), rows)
-
-
 def failure_types(report):
     counts = report.page["failures"]["counts"]
     kinds = ("vision", "language", "reasoning")
@@ -1203,7 +1178,7 @@ def write_report(path, report, drawn):
     dpi = report.cfg.dpi
     out = Path(report.cfg.out_dir)
     sections = {
-        "results": results(page), "data": data_sets(report.meta), "model": "",
+        "results": results(page), "data": table_html(*prepare.sets_table(report.meta["report"])), "model": "",
         "training": study(out / "lr_range.md", ("lr_range",), dpi), "accuracy": "",
         "attention": "<p>Colour: how many times more attention than an even spread, all maps of a figure on one scale. "
         "Outlined in green: the labelled boxes of what a word names and, for the answer, of what makes it YES. No box "
@@ -1359,14 +1334,14 @@ def answer_picture(cfg):
     for texts in asked:
         tried = [answer(subject, picture, text) for text in texts]
         # Of several, the surest YES; without any, the surest NO.
-        shot = max(tried, key=lambda shot: (shot.verdict == "YES", shot.probability or 0))
+        shot = max(tried, key=lambda shot: (shot.verdict == "YES", shot.probability))
         shots.append(shot)
         if len(tried) > 1:
             print(asked_text(shot))
         print(f"{verdict_text(shot)}\n{tidy(shot.reason)}")
     out = Path(cfg.out_dir) / "answer"
     out.mkdir(parents=True, exist_ok=True)
-    # Commands become part of the names of files: other letters than these could be no name, or another folder.
+    # The commands become part of the names of the files.
     slugs = [re.sub(r"[^a-z0-9]+", "-", asked_text(shot))[:60].strip("-") for shot in shots]
     path = out / "-".join([Path(cfg.image).stem[:80], *slugs])
     if len(shots) == 2:
