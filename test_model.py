@@ -1471,8 +1471,8 @@ def test_the_demonstration_shows_every_template_with_both_answers(capsys):
 # ---- stored data ----
 def pictures_shown(batch, data):
     """Which stored picture each image of an unflipped, unjittered batch is."""
-    patch = np.asarray(data.images[:, ::9, ::9], dtype=np.float32).reshape(len(data.images), -1)
-    seen = as_pixels(batch.images, data)[:, ::9, ::9].reshape(len(batch.images), -1)
+    patch = np.asarray(data.images[:, ::24, ::24], dtype=np.float32).reshape(len(data.images), -1)
+    seen = as_pixels(batch.images, data)[:, ::24, ::24].reshape(len(batch.images), -1)
     distance = np.abs(seen[:, None] - patch[None]).max(-1)
     assert distance.min(1).max() < 0.01
     return distance.argmin(1)
@@ -3720,6 +3720,7 @@ def test_pictures_are_answered_and_drawn(typed, tmp_path, capsys, monkeypatch):
     shots = dict(zip(commands.COLOURS, (("NO", 0.9), ("YES", 0.6), ("YES", 0.7))))
     first = visualize.answer(*picture_and_subject(typed)[::-1], "is the light red")
     with monkeypatch.context() as patch:
+        patch.setattr(visualize, "SCENE", {})
         patch.setattr(visualize, "answer", lambda subject, picture, text: first._replace(
             words=text.split(), verdict=shots[text.split()[-1]][0], probability=shots[text.split()[-1]][1]))
         visualize.main(changed(typed, out_dir=str(tmp_path), command="what colour is the light"))
@@ -3835,7 +3836,8 @@ def test_a_matplotlibrc_of_the_user_changes_no_figure():
         assert dict(visualize.plt.rcParams) == usual
 
 
-def test_the_interactive_page_holds_the_models_own_maps(report):
+def test_the_interactive_page_holds_the_models_own_maps(report, monkeypatch):
+    monkeypatch.setattr(visualize, "SCENES", 3)
     visualize.main(changed(report.cfg, page=True))
     text = (Path(report.cfg.out_dir) / "page.html").read_text(encoding="utf-8")
     assert len(text) < 5e6 and not re.search(r"https?:|@[A-Z]+@", text)
