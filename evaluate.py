@@ -418,7 +418,7 @@ class Questions:
         if self.cfg.source != "drawn" or self.data.name != "test":
             return []
         found = []
-        for twin in prepare.Frames(Path(self.cfg.data_dir) / "twins.jsonl"):
+        for twin in prepare.json_lines(Path(self.cfg.data_dir) / "twins.jsonl"):
             if twin[kind] and twin["item"] in self.at:
                 found.append((self.at[twin["item"]], twin[kind]))
         return found

@@ -1661,9 +1661,15 @@ def twins_of_one(job):
 
 # ---- reading what is stored ----
 
+def json_lines(path):
+    """Yields what each line of a file holds."""
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
 def read_items(folder, name):
     """The finished commands of a set, as dicts."""
-    return list(Frames(Path(folder) / f"commands_{name}.jsonl"))
+    return list(json_lines(Path(folder) / f"commands_{name}.jsonl"))
 
 
 def stored_images(cfg, meta):

@@ -2177,7 +2177,7 @@ def test_resuming_after_an_interrupt_equals_never_stopping(tmp_path, monkeypatch
     finished = train.train(cfg)
     state, log, noise = last_of(cfg), logged(cfg.out_dir), torch.get_rng_state()
     assert state["step"] == 8 and [row["step"] for row in log] == ["3", "4", "6", "6", "8", "8"]
-    for stop in (1, 3, 4, 7):
+    for stop in (1, 3, 4, 7) if dtype == "float32" else (1, 4):
         cut = changed(cfg, out_dir=str(tmp_path / f"cut{stop}"))
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt_at(patch, stop)
@@ -4121,17 +4121,19 @@ def test_questions_are_reworded_as_the_names_of_the_rows_say(subject, drawn):
 
 def test_robustness_writes_every_study(subject, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "WEATHERS", prepare.WEATHERS[:2])
+    monkeypatch.setattr(ablate, "AMOUNTS", {change: amounts[:2] for change, amounts in ablate.AMOUNTS.items()})
+    monkeypatch.setattr(ablate, "ATTACK", (1, 16))
     out, best = tmp_path / "not" / "there yet", str(Path(subject.cfg.out_dir) / "best.pt")
     page = ablate.robustness(changed(subject.cfg, checkpoint=best, out_dir=str(out), probe_items=8, dpi=40))
     studies = Counter(row["study"] for row in page["rows"])
     studies.pop("occlusion", None)                          # which needs right answers YES
-    assert studies == dict(undisturbed=1, noise=5, blur=5, darkness=5, jpeg=5, FGSM=5, PGD=5, words=3,
+    assert studies == dict(undisturbed=1, noise=2, blur=2, darkness=2, jpeg=2, FGSM=2, PGD=2, words=3,
                            scene=len(prepare.TIMES) + 1)
     for row in page["rows"]:
         assert (row["control"] is None) == (row["study"] in ("undisturbed", "words", "scene")), row
     assert page["rows"][0]["cosine"]["value"] == pytest.approx(1, abs=1e-4) and page["questions"] == 12
     text = (out / "robustness.md").read_text(encoding="utf-8")
-    assert text.count("| noise ") == 5 and re.search(r"\| FGSM 16 \| 1\d\.\d \|", text)
+    assert text.count("| noise ") == 2 and re.search(r"\| FGSM 16 \| 1\d\.\d \|", text)
     assert (out / "robustness.png").exists()
     assert json.loads((out / "robustness.json").read_text(encoding="utf-8")) == page
 

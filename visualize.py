@@ -520,7 +520,7 @@ class Report:
         again = f"run python evaluate.py --out_dir={out} (and the --checkpoint and --data_dir given here, if any)"
         try:
             self.page = json.loads((out / "eval.json").read_text("utf-8"))
-            self.failures = [json.loads(line) for line in (out / "failures.jsonl").read_text("utf-8").splitlines()]
+            self.failures = list(prepare.json_lines(out / "failures.jsonl"))
             with np.load(out / "attention.npz") as stored:
                 self.stored = dict(stored)
             found = "format {format}, step {step}, data {data_hash}".format(**self.page)
