@@ -1012,8 +1012,8 @@ def train(cfg, make_model=VLM, make_data=Data):
     device = join_processes(pick_device(cfg))
     with config.locked(out) if is_first() else contextlib.nullcontext():
         if not (cfg.resume or cfg.overwrite) and any((out / name).exists() for name in ("best.pt", "last.pt")):
-            raise UserError(f"{out} holds a run: --resume=True goes on with it, --out_dir=FOLDER trains elsewhere, "
-                            "--overwrite=True loses it")
+            raise UserError(f"{out} holds a run: --resume=True continues it, --out_dir=FOLDER trains elsewhere, "
+                            "--overwrite=True replaces it")
         return learn(cfg, device, make_model, make_data)
 
 
