@@ -281,7 +281,7 @@ class Subject:
     def __init__(self, cfg, make_model=VLM):
         self.model, self.cfg, self.tokenizer, self.state, self.device = train.load_model(cfg, make_model)
         self.dtype, self.why = pick_dtype(self.cfg, self.device)
-        self.grid = tuple(self.model.vision.grid)
+        self.grid = self.model.vision.grid
         self.blank = np.full((*self.model.vision.size, 3), np.round(255 * np.array(self.state["mean"])), np.uint8)
 
     def images(self, pictures):

@@ -304,7 +304,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         D = cfg.vision_dim
         self.size = cfg.image_height, cfg.image_width
-        self.grid = rows, columns = [side // cfg.patch_size for side in self.size]
+        self.grid = rows, columns = tuple(side // cfg.patch_size for side in self.size)
         self.stem = conv_stem(cfg) if cfg.stem == "conv" else nn.Conv2d(3, D, cfg.patch_size, stride=cfg.patch_size)
         if cfg.vision_positions == "learned":
             self.positions = nn.Parameter(torch.zeros(rows * columns, D))
@@ -716,7 +716,7 @@ def forward_flops(model, length):
     image = torch.zeros(1, 3, *model.vision.size, device=model.device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         if length:
-            segment = 1 + torch.arange(length, device=model.device)[None] // 8          # commands of eight words
+            segment = 1 + torch.arange(length, device=model.device)[None] // 8    # commands of eight words
             model(image, torch.ones_like(segment), segment)
         else:
             model.encode(image)

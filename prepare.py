@@ -159,7 +159,7 @@ def sample_scene(name, cfg):
         tint=[rng.uniform(0.75, 1.1), rng.uniform(0.88, 1.1), rng.uniform(0.82, 1.15)],
         shade=rng.uniform(0.0, 0.7),                             # how uneven the light is
         objects=[])
-    spec["focal_y"] = ASPECT * spec["focal"]                    # in picture heights
+    spec["focal_y"] = ASPECT * spec["focal"]                     # in picture heights
     colour = rng.choice(commands.COLOURS)
     for kind, about in KINDS.items():
         # Up to two of a kind: two tries, the second with less chance.
@@ -1255,7 +1255,7 @@ def bdd_records(cfg):
         filters = {name: values and values + ["undefined"] for name, values in filters.items()}
     if not cfg.bdd_dir or not root.is_dir():
         raise UserError(f"bdd_dir '{cfg.bdd_dir}' is not a folder; it must hold images/100k/ and labels/")
-    below = pictures_below(root / "images")
+    below = {}
     names = set()
     listed = kept = 0
     found = Counter()
@@ -1275,6 +1275,8 @@ def bdd_records(cfg):
             video = VIDEO.match(name) if pictures.parent.name == "track" else None
             path = pictures / video[1] / name if video else pictures / name
             if not os.path.isfile(path):
+                # Searched for once, and only where it must be: a folder of 100,000 pictures takes a while.
+                below = below or pictures_below(root / "images")
                 # Folders in names may be written as in Windows.
                 path = below.get(PureWindowsPath(name).stem.lower()) or path
             if not name or name in names or path in names:

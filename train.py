@@ -9,7 +9,7 @@
 - Several processes share each batch, and learn what one process learns.
 
     python train.py                                   default: minutes on 2 CPU cores
-    python train.py --resume=True                     go on after Ctrl-C
+    python train.py --resume=True                     continue after Ctrl-C
     python train.py --batch_size=4 --grad_accum=8 --out_dir=out/accumulated
     python train.py --preset=base --device=cuda
     python train.py --init_from=out/default/best.pt --lora_rank=8 --out_dir=out/tuned
