@@ -289,7 +289,7 @@ TEMPLATES = {
         "can you spot {a} anywhere", "does this photo include {a}", "is there at least one {n}",
         "did the camera catch {a}", "do you see {a} on this street", "is there {a} in front of the camera",
         "is {a} shown here", "does {a} show up in the image", "do you see any {n} in the picture")),
-    "exists_at": Template("detection", "medium", 0.24, (
+    "exists_at": Template("detection", "medium", 0.22, (
         "is there {a} {at}", "do you see {a} {at}", "is {a} visible {at}", "can you see any {n} {at}",
         "{at} , is there {a}", "does the picture show {a} {at}", "is there any {n} {at}", "can you find {a} {at}",
         "does {a} appear {at}", "is {a} located {at}", "can you spot {a} {at}",
@@ -319,20 +319,20 @@ TEMPLATES = {
         "is a {d} turn safe", "could the vehicle turn {d} safely", "is it okay to turn {d} here",
         "can the driver go {d} without danger", "would a {d} turn be safe", "can the driver safely steer {d}",
         "may the car make a {d} turn")),
-    "change": Template("safety", "complex", 0.06, (
+    "change": Template("safety", "complex", 0.05, (
         "can the car safely change lanes to the {d}", "is it safe to move to the {d} lane",
         "may we switch to the {d} lane", "can we merge into the {d} lane", "is a lane change to the {d} safe",
         "could the vehicle move over to the {d}", "is it okay to take the {d} lane",
         "would it be safe to switch lanes to the {d}", "is moving one lane to the {d} safe",
         "may the car change to the {d} lane")),
-    "clear": Template("navigation", "simple", 0.08, (
+    "clear": Template("navigation", "simple", 0.07, (
         "is the {side} clear", "is the {side} free", "is the {side} open", "does the {side} look clear",
         "is the {side} unobstructed", "does the {side} look free of obstacles", "is the {side} free of obstacles")),
     "and": Template("", "complex", 0.05, (
         "is there {a} and {b}", "do you see {a} and {b}", "are there both {a} and {b}",
         "can you see {a} as well as {b}", "does the picture show {a} together with {b}", "is there {a} and also {b}",
         "are {a} and {b} both visible")),
-    "and_no": Template("", "complex", 0.06, (
+    "and_no": Template("", "complex", 0.10, (
         "is there {a} and no {m}", "do you see {a} but no {m}", "is there {a} but no {m}", "can you see {a} and no {m}",
         "does the picture show {a} but no {m}", "do you notice {a} but no {m}",
         "does the scene contain {a} and no {m}")),
