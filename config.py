@@ -123,7 +123,7 @@ freeze_pictures = 0           # the vision encoder starts to learn after so many
 
 # ---- progress: validation, saving and logging; a resumed run may change these ----
 eval_every = 8_000            # pictures between validations; last.pt is saved at each of them
-eval_items = 2000             # validation questions used while training; 0 = all
+eval_items = 8000             # validation questions used while training; 0 = all
 early_stopping = 0            # stop after so many validations without improvement; 0 = never
 save_top = 1                  # number of best checkpoints to keep; above 1, they are kept as best-STEP.pt too
 log_every = 800               # pictures between log lines
@@ -173,7 +173,7 @@ PRESETS = {
                      num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2, vision_ffn_dim=128,
                      text_dim=64, text_layers=2, text_heads=4, text_ffn_dim=128, row_tokens=64,
                      descriptions_per_image=1, see_pictures=16_000, read_pictures=20_000, warmup_pictures=800, lr=8e-3,
-                     lr_projection=3e-3, lr_vision=2e-3, eval_every=4_000, log_every=800, eval_items=800,
+                     lr_projection=3e-3, lr_vision=2e-3, eval_every=20_000, log_every=800, eval_items=800,
                      sample_items=600, out_dir="out/ablation", data_dir="data_ablation"),
 }
 CHOICES = {
