@@ -865,6 +865,13 @@ def grounding(asked, look, untrained, chosen_on, grid):
 RANDOM_ORDERS = 3             # random orders of the patches that each picture's order by attention is compared with
 
 
+def hide(subject, picture, hidden):
+    """The picture (h, w, 3) with its hidden patches, bool (P,), in the mean colour."""
+    patch = np.ones((subject.cfg.patch_size, subject.cfg.patch_size), bool)
+    hidden = np.kron(hidden.reshape(subject.grid), patch)                         # (h, w)
+    return np.where(hidden[..., None], subject.blank, picture)
+
+
 def deletion_insertion(subject, asked, answer, odds, count):
     """Hide (or show) first the patches that the answer looked at most: how fast does p(YES) fall (or rise)?
 
@@ -877,7 +884,6 @@ def deletion_insertion(subject, asked, answer, odds, count):
     patches = math.prod(subject.grid)
     # In powers of two, since most happens among the first patches: 0, 1, 2, 4 ... all.
     steps = [0, *(2 ** k for k in range((patches - 1).bit_length())), patches]
-    patch = np.ones((subject.cfg.patch_size, subject.cfg.patch_size), bool)
     rng = np.random.default_rng(3)
 
     def jobs():
@@ -889,8 +895,7 @@ def deletion_insertion(subject, asked, answer, odds, count):
             for order, insert, step in itertools.product(orders, (False, True), steps):
                 hidden = np.full(patches, insert)
                 hidden[order[:step]] = not insert
-                hidden = np.kron(hidden.reshape(subject.grid), patch)
-                yield np.where(hidden[..., None], subject.blank, asked.pixels(i)), [asked.prompts[i]]
+                yield hide(subject, asked.pixels(i), hidden), [asked.prompts[i]]
     found = subject.ask(jobs()).reshape(len(usable), 1 + RANDOM_ORDERS, 2, len(steps))
     p = 100 * probability(found)
     share = np.array(steps) / patches

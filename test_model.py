@@ -3650,7 +3650,7 @@ def test_numbers_and_boxes_of_a_panel():
     panels = [visualize.Panel(picture, boxes=half), visualize.Panel(picture, even, note="NO"),
               visualize.Panel(picture, one, boxes=half)]
     assert [visualize.note_of(panel) for panel in panels] == [
-        "", "NO\nH 2.77 (100%)\npeak 1.0×", "H 0.00 (0%)\npeak 16.0×\nin box 50% = 5.3×"]
+        "", "NO\nH 2.77, peak 1×", "H 0.00, peak 16×\nbox 50%, 5.3×"]
     for axes, panel in zip(visualize.draw_panels([("", panels)], "title", "").axes, panels):
         assert all(image.get_extent() == [0, 32, 32, 0] for image in axes.images), "boxes are in pixels"
         assert [patch.get_bbox().extents.tolist() for patch in axes.patches] == [[0, 0, 12, 8]] * len(panel.boxes)
@@ -3713,8 +3713,9 @@ def test_pictures_are_answered_and_drawn(typed, tmp_path, capsys, monkeypatch):
     visualize.main(changed(typed, out_dir=str(tmp_path), command="is there a CAR, or a $bus?!"))
     name = str(tmp_path / "answer" / "a-is-there-a-car-or-a-bus")
     assert capsys.readouterr().out.splitlines()[2:] == [
-        f"figure: {name}-{end}" for end in ("layers.gif", "text.png", "text.pdf")]
-    with Image.open(f"{name}-layers.gif") as frames, Image.open(f"{name}-text.png") as image:
+        "note: this model has seen drawn streets only; about photographs it is often wrong"] + [
+        f"figure: {name}-{end}" for end in ("layers.webp", "text.png", "text.pdf")]
+    with Image.open(f"{name}-layers.webp") as frames, Image.open(f"{name}-text.png") as image:
         assert frames.n_frames == 2 and len(frames.convert("RGB").getcolors(2 ** 24)) > 50
         assert round(image.info["dpi"][0]) == 40
     shots = dict(zip(commands.COLOURS, (("NO", 0.9), ("YES", 0.6), ("YES", 0.7))))
@@ -3745,6 +3746,7 @@ def test_the_report_holds_every_figure_and_needs_no_network(report, capsys, monk
         return [Path(f"{path}.png")]
     monkeypatch.setattr(visualize, "save", save)
     monkeypatch.setattr(visualize, "COLUMNS", 1)            # of examples in a row: fewer to draw
+    monkeypatch.setattr(visualize, "STEPS", 1)
     out = Path(report.cfg.out_dir)
     (out.parent / "ablation").mkdir(exist_ok=True)
     (out.parent / "ablation" / "table.md").write_text("Said <so>.\n")
@@ -3757,7 +3759,7 @@ def test_the_report_holds_every_figure_and_needs_no_network(report, capsys, monk
     assert "no figure 'pairs'" in capsys.readouterr().out
     assert all(f"<b>{name.capitalize()}.</b>" in text for name in made)
     assert text.count('src="data:image/') == len(made) + 2 and "<pre>Said &lt;so&gt;.\n</pre>" in text
-    assert not re.search(r"(src|href)=\"(?!data:|#)|https?:|@[A-Z]+@|\bnan\b", text)
+    assert not re.search(r"(src|href)=\"(?!data:|#|page.html)|https?:|@[A-Z]+@|\bnan\b", text)
     assert evaluate.text_of(report.page["overall"]) in text and f"seed {report.seed}" in text
 
 
@@ -3787,10 +3789,10 @@ def test_mistakes_are_counted_by_what_the_words_of_the_figure_say(report):
     assert visualize.figure_failures(report)[1]["n"] == len(one) > 5
     report.page["failures"].update(
         confusions=[dict(asked="car", present="bus", n=30, said_yes=40, elsewhere=10, times=4)],
-        command_pairs=dict(templates=["and", "or"], n=[[20, 30], [30, 19]], same=[[50, 40], [40, 30]],
-                           expected=[[10, 20], [20, 30]]))
+        command_pairs=dict(templates=["and", "or"], n=[[20, 30], [30, 19]], same=[[30, 40], [40, 30]],
+                           expected=[[10, 10], [10, 30]]))      # 20 points are within three standard errors of 20
     taken, pairs = (axis.images[0].get_array() for axis in visualize.figure_pairs(report)[0].axes[:2])
-    assert taken.compressed().tolist() == [30] and pairs.filled(-1).tolist() == [[40, -1], [20, -1]]
+    assert taken.compressed().tolist() == [30] and pairs.filled(-1).tolist() == [[-1, -1], [30, -1]]
 
 
 def test_what_has_no_data_says_so_and_the_report_is_still_written(report, tmp_path, monkeypatch):
@@ -3837,7 +3839,8 @@ def test_a_matplotlibrc_of_the_user_changes_no_figure():
 
 
 def test_the_interactive_page_holds_the_models_own_maps(report, monkeypatch):
-    monkeypatch.setattr(visualize, "SCENES", 3)
+    for name, count in dict(SCENES=3, WRONG=1, STEPS=2).items():
+        monkeypatch.setattr(visualize, name, count)
     visualize.main(changed(report.cfg, page=True))
     text = (Path(report.cfg.out_dir) / "page.html").read_text(encoding="utf-8")
     assert len(text) < 5e6 and not re.search(r"https?:|@[A-Z]+@", text)
@@ -3848,7 +3851,35 @@ def test_the_interactive_page_holds_the_models_own_maps(report, monkeypatch):
     packed = np.frombuffer(base64.b64decode(command["maps"]), np.uint8).reshape(shot.cross.shape)
     np.testing.assert_allclose((packed / 255) ** 2, shot.cross, atol=0.005)
     assert command["words"] == shot.words + ["answer"] and len(command["boxes"]) == len(command["words"])
-    assert scenes[0]["name"] == report.asked.frame(first[0])["name"] and len(scenes) == visualize.SCENES
+    assert scenes[0]["name"] == report.asked.frame(first[0])["name"]
+    wrong, *steps = scenes[3:]
+    assert wrong["name"].startswith("wrong answer: ") and len(steps) == 2
+    assert not wrong["commands"][0]["said"].startswith(wrong["commands"][0]["truth"])
+
+
+def test_a_pedestrian_walks_through_a_scene_that_stays_the_same(report, monkeypatch):
+    monkeypatch.setattr(visualize, "STEPS", 13)
+    steps = visualize.walk(report)
+    truths = [truth for truth, _ in itertools.groupby(truth for _, truth in steps)]
+    assert truths == ["NO", "unsure", "YES", "unsure", "NO"]
+    boxes = [shot.boxes[3][0]["box2d"] for shot, _ in steps]               # of the word "pedestrian"
+    assert [box["x1"] for box in boxes] == sorted(box["x1"] for box in boxes) and len({box["y2"] for box in boxes}) == 1
+    first, last = (np.asarray(steps[k][0].picture, int) for k in (0, -1))
+    assert 0 < (first != last).any(2).mean() < 0.3
+
+
+def test_what_mattered_is_the_patch_without_which_the_answer_falls(report, monkeypatch):
+    side = report.cfg.patch_size
+    patch = np.s_[side:2 * side, 2 * side:3 * side]                        # in the second row and the third column
+
+    def ask(jobs):
+        return np.array([0.0 if np.array_equal(picture[patch], report.subject.blank[patch]) else 3.0
+                         for picture, _ in jobs])
+    monkeypatch.setattr(report.subject, "ask", ask)
+    mattered = [found for title, found, _ in maps_of(visualize.figure_decides(report)[0]) if title == "what mattered"]
+    for found in mattered:
+        assert np.unravel_index(found.argmax(), found.shape) == (1, 2) and found.max() == pytest.approx(found.size)
+    assert mattered
 
 
 def test_what_cannot_be_shown_is_one_line_that_helps(typed, report, tmp_path):

@@ -16,11 +16,13 @@
 Shapes: P = rows * columns patches, n words of the command, L layers, H heads, T = n + 2 tokens.
 """
 import base64
+import contextlib
 import csv
 import html
 import io
 import json
 import math
+import random
 import re
 import textwrap
 import zipfile
@@ -43,7 +45,7 @@ import config
 import evaluate
 import prepare
 import train
-from commands import View, corners
+from commands import QUESTIONS, Question, View, corners
 from config import UserError
 from evaluate import cover, enrichment, entropy, mass_in_box, pointing, text_of
 from tokenizer import NO, YES, split_words
@@ -132,7 +134,7 @@ INK = "#1a1a1a"
 QUIET = "#666666"
 BOX = "#00735a"
 # The palette of Okabe and Ito (2008), whose colours colour-blind readers can tell apart too.
-SERIES = ("#0072b2", "#d55e00", "#cc79a7", "#999999")
+SERIES = ("#0072b2", "#d55e00", INK, "#999999")
 ACCENT = SERIES[1]
 # Inches: the text of an A4 page is 7.1 wide, so that figures are printed at their own size.
 WIDTH = 7.1
@@ -142,16 +144,18 @@ SMALL = dict(fontsize=FONT - 1, color=QUIET)
 BACK = 0.78                   # mean grey of the picture below a map
 # Animations are for screens only; at the dots of print their files would be huge.
 SCREEN_DPI = 120
+LOOP = 5000                   # milliseconds of an animation
 matplotlib.rcdefaults()       # whatever a matplotlibrc of the user says
 plt.rcParams.update({
     "font.size": FONT, "axes.titlesize": FONT + 0.5, "axes.labelsize": FONT, "xtick.labelsize": FONT - 0.5,
     "ytick.labelsize": FONT - 0.5, "legend.fontsize": FONT - 0.5, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3,
-    "axes.titleweight": "bold", "axes.titlelocation": "left", "pdf.fonttype": 42, "axes.formatter.min_exponent": 2})
+    "axes.titleweight": "bold", "axes.titlelocation": "left", "pdf.fonttype": 42, "axes.formatter.min_exponent": 2,
+    "figure.max_open_warning": 0})        # an animation is a list of open figures
 
 
 def save(drawn, path, dpi, vector=False):
-    """Write a figure to path.png and, with `vector`, to path.pdf; a list of figures, as an animation, to path.gif.
+    """Write a figure to path.png and, with `vector`, to path.pdf; a list of figures, as an animation, to path.webp.
 
     Closes the figures and returns the files.
     """
@@ -167,15 +171,15 @@ def save(drawn, path, dpi, vector=False):
 
 
 def save_animation(figures, path):
-    """Write figures as the frames of path.gif. Closes them and returns the file in a list, as `save` does."""
+    """Write figures as the frames of path.webp. Closes them and returns the file in a list, as `save` does."""
     frames = []
     for figure in figures:
         figure.set_dpi(SCREEN_DPI)
         figure.canvas.draw()
-        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize())
+        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
         plt.close(figure)
-    file = Path(f"{path}.gif")
-    frames[0].save(file, save_all=True, append_images=frames[1:], duration=1100, loop=0)
+    file = Path(f"{path}.webp")
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=LOOP // len(frames), loop=0, quality=85)
     return [file]
 
 
@@ -238,10 +242,10 @@ def note_of(panel):
         return panel.note
     flat = panel.map.ravel()
     nats = rounded(entropy(flat), 2)
-    text = f"{panel.note}\nH {nats:.2f} ({100 * nats / math.log(flat.size):.0f}%)\npeak {peak(panel):.1f}×"
+    text = f"{panel.note}\nH {nats:.2f}, peak {peak(panel):.0f}×"
     if panel.boxes:
         share = cover(panel.boxes, panel.picture.shape[1::-1], panel.map.shape)
-        text += f"\nin box {100 * mass_in_box(flat, share):.0f}% = {enrichment(flat, share):.1f}×"
+        text += f"\nbox {100 * mass_in_box(flat, share):.0f}%, {enrichment(flat, share):.1f}×"
     return text.strip()
 
 
@@ -401,7 +405,8 @@ def band(axes, x, estimates, **style):
 def maps_line(grid, rest="Mean of all layers and heads."):
     rows, columns = grid
     return f"Colour: how many times more attention than an even spread over {columns} × {rows} patches. " \
-           f"H: entropy in nats (% of its maximum, {math.log(rows * columns):.2f}). {rest}"
+           f"H: entropy in nats (at most {math.log(rows * columns):.2f}). Box: share of attention in the boxes, and " \
+           f"how many times more than their area. {rest}"
 
 
 def in_rows(panels, columns):
@@ -451,8 +456,9 @@ def draw_vision(shot):
     grid = shot.maps.shape[1:]
     patch = shot.maps[-1].argmax()
     row, column = divmod(patch, grid[1])
-    side = len(shot.picture) / grid[0]                   # of a patch, in pixels
-    outlined = label_at(column * side, row * side, (column + 1) * side, (row + 1) * side)
+    height = shot.picture.shape[0] / grid[0]             # of a patch, in pixels
+    width = shot.picture.shape[1] / grid[1]
+    outlined = label_at(column * width, row * height, (column + 1) * width, (row + 1) * height)
     own = np.eye(math.prod(grid))
     flow = own
     rows = []
@@ -473,14 +479,21 @@ def draw_text(shot):
     """Self-attention of the decoder, tokens by tokens."""
     tokens = ["[SOS]", *shot.words, "?"]
     past = np.tri(len(tokens), dtype=bool)               # and the token itself
-    figure, axes = plot(1, len(shot.text), 2.5, sharey=True)
+    figure, axes = plot(1, len(shot.text), 2.9, sharey=True)
     for layer, (axis, weights) in enumerate(zip(axes[0], shot.text.mean(1))):
         # A square root, because a row of T tokens that look at all alike has only 1/T in each cell.
         heat(axis, np.where(past, weights, np.nan), tokens, tokens, "", norm=PowerNorm(0.5, 0, 1),
              title=f"layer {layer}")
         axis.tick_params("x", rotation=90)
     axes[0, 0].set_ylabel("the token that looks ...")
-    figure.supxlabel("... at this token; grey: the future, hidden by the causal mask", fontsize=FONT)
+    # The first token tells nothing, and every token sees itself.
+    earlier = np.tril(shot.text.mean((0, 1)), -1)[2:, 1:]
+    most = ", ".join(f"{token} → {tokens[1:][k]}" for token, k in zip(tokens[2:], earlier.argmax(1)))
+    most = f"The earlier word that each looks at most: {most}"
+    figure.supxlabel("... at this token; grey: the future, hidden by the causal mask\n" + wrapped(most, WIDTH, FONT),
+                     fontsize=FONT)
+    figure.suptitle("Self-attention of the decoder: which earlier words each word looks at", x=0.01, ha="left",
+                    weight="bold")
     figure.colorbar(axis.images[0], ax=axes, label="attention, mean of heads", fraction=0.02, pad=0.01)
     return figure
 
@@ -555,6 +568,13 @@ class Report:
         shot = answer(self.subject, self.asked.pixels(i), self.asked.items[i]["command"])
         return shot._replace(boxes=self.boxes(i))
 
+    def drawn(self, spec, question, command):
+        """`answer` to a command about a scene drawn now, with the boxes of what it asks, and the scene's View."""
+        frame = prepare.scene_frame(spec, self.cfg)
+        view = View(frame, self.cfg)
+        shot = answer(self.subject, prepare.draw_scene(spec, prepare.size_of(self.cfg)), command)
+        return shot._replace(boxes=named_boxes(frame, view, question, command)), view
+
     def panel(self, i, found=None, label=None, boxes=None, note=""):
         """Question i's picture, with a map (P,) or without. label: the question; boxes: of its answer."""
         if found is not None:
@@ -626,7 +646,7 @@ def named_in(report, name):
 
 def figure_gallery(report):
     asked = report.asked
-    columns = COLUMNS + 1
+    columns = COLUMNS
     rows = []
     for name in ("pedestrian", "traffic light", "car", "bicycle", "left", "right"):
         named = named_in(report, name)
@@ -652,19 +672,80 @@ def figure_comparison(report):
     asked = report.asked
     pairs = []
     for questions in report.pictures():
-        # Two questions about different objects: their maps should differ, if attention follows the command.
-        own = [i for i in questions if asked.questions[i].objects]
-        kinds = [set(asked.questions[i].objects) for i in own]
-        other = [i for i, named in zip(own, kinds) if not named & kinds[0]]
+        # Two objects that are there, each at its place: the maps should differ, if attention follows the command.
+        own = [i for i in questions if asked.truth[i] and asked.questions[i].template == "exists_at"]
+        other = [i for i in own if asked.questions[i].category != asked.questions[own[0]].category]
         if other:
             pairs.append([report.shot(own[0]), report.shot(other[0])])
         if len(pairs) == 3:
             break
     if not pairs:
-        return "No picture has questions about two different objects."
+        return "No picture has questions about two objects at a place whose answers are YES."
     other, same = (report.page["attention"]["stability"][name]["l2"] for name in ("another question", "paraphrase"))
     return draw_comparison(pairs), dict(pictures=len(pairs), n=other["n"], other=text_of(other, digits=3),
                                         same=text_of(same, digits=3))
+
+
+def figure_decides(report):
+    asked = report.asked
+    where = asked.truth & [question.template == "exists_at" for question in asked.questions]
+    rows = []
+    for i in asked.sample(4, report.seed, where):
+        shot = report.shot(i)
+        patches = np.arange(shot.maps[-1].size)
+        # All patches stay in the first picture; in each of the others one is hidden.
+        shown = [evaluate.hide(report.subject, asked.pixels(i), patches == hidden) for hidden in (-1, *patches)]
+        odds = report.subject.ask([(picture, [asked.prompts[i]]) for picture in shown])
+        # What makes a NO likelier when it is hidden spoke for YES. The least number stands for "nothing mattered".
+        lost = np.maximum(odds[0] - odds[1:], 1e-9)
+        lost = lost / lost.sum()
+        alike = evaluate.distances(shot.maps[-1].ravel(), lost)["cosine"]
+        rows.append((f"{asked_text(shot)}\n{verdict_text(shot)}", [
+            shot_panel(shot, "scene"), shot_panel(shot, "where it looked", shot.maps[-1]),
+            report.panel(i, lost, "what mattered", note=f"cosine {alike:.2f}")]))
+    if not rows:
+        return "No question about an object at a place has the answer YES."
+    title = "Where the answer looked, and what it depended on"
+    return draw_panels(rows, title, maps_line(report.grid)), dict(n=where.sum())
+
+
+STEPS = 24                     # of a pedestrian who crosses the street
+
+
+def walk(report):
+    """A pedestrian crosses a drawn street in STEPS steps: [(Shot, truth)] of "is there a pedestrian ahead" at each.
+
+    The truth is "YES", "NO" or "unsure". The scene has no other pedestrians, and nothing nearer than this one.
+    """
+    question = Question("exists_at", "pedestrian", "ahead")
+    # In even light, so that people see as much as the model.
+    spec = dict(prepare.sample_scene(f"walk {report.seed}", report.cfg), gain=1.0, gamma=1.0)
+    rng = random.Random(report.seed)
+    person = prepare.sample_object(rng, dict(spec, objects=[]), "pedestrian", report.cfg, question.place, near=True)
+    others = [o for o in spec["objects"] if o["z"] > person["z"] and o["kind"] != "pedestrian"]
+    found = []
+    for across in np.linspace(0.06, 0.94, STEPS):
+        x = (across - spec["centre"]) * person["z"] / spec["focal"]
+        scene = dict(spec, objects=[*others, dict(person, x=x)])
+        shot, view = report.drawn(scene, question, "is there a pedestrian ahead")
+        found.append((shot, ("NO", "unsure", "YES")[question.truth(view)]))
+    return found
+
+
+def figure_walk(report):
+    if report.cfg.source != "drawn":
+        return "Only a model of drawn scenes can be asked about a scene that is drawn anew."
+    steps = walk(report)
+    # One scale for all frames of the animation.
+    named = steps[0][0].words.index("pedestrian")
+    vmax = max(peak(Panel(shot.picture, found)) for shot, _ in steps for found in shot.maps[[named, -1]])
+    figures = []
+    for shot, truth in steps:
+        panels = [shot_panel(shot, f"truth: {truth}"),
+                  Panel(shot.picture, shot.maps[named], "the word “pedestrian”", shot.boxes[named]),
+                  shot_panel(shot, f"the answer: {verdict_text(shot)}", shot.maps[-1])]
+        figures.append(draw_panels([("", panels)], asked_text(shot), "", vmax))
+    return figures, dict(steps=STEPS)
 
 
 def figure_twins(report):
@@ -677,10 +758,7 @@ def figure_twins(report):
         i, edit = edits[k]
         command = asked.items[i]["command"]
         # Drawn anew from the edited scene: all pixels that the edit does not touch stay the same.
-        spec = prepare.apply_edit(asked.spec(i), edit)
-        frame = prepare.scene_frame(spec, report.cfg)
-        twin = answer(report.subject, prepare.draw_scene(spec, prepare.size_of(report.cfg)), command)
-        twin = twin._replace(boxes=named_boxes(frame, View(frame, report.cfg), asked.questions[i], command))
+        twin, _ = report.drawn(prepare.apply_edit(asked.spec(i), edit), asked.questions[i], command)
         shot = report.shot(i)
         truth = asked.truth[i]
         rows.append((report.command(i), [
@@ -740,22 +818,28 @@ def figure_wrong(report):
 
 # ---- figures of a set: numbers ----
 
+def example_of(template):
+    """A question of the template in its first wording, such as "is there a car on the left", in short lines."""
+    question = next(question for question in QUESTIONS if question.template == template)
+    form = question.forms()[0].format(**question.fill(*(words[0] for words in question.names())))
+    return textwrap.fill(form, 28)
+
+
 def figure_accuracy(report):
     page = report.page
     controls = page["controls"]
-    templates = page["by"]["template"]
-    figure, ((left, middle, right),) = plot(1, 3, 3.3, width_ratios=(1, 1.35, 0.75))
+    # The most accurate template stands on top; one without questions of both answers at the bottom.
+    found = sorted(page["by"]["template"].items(), key=lambda entry: -(entry[1]["value"] or 0))
+    figure, ((left, middle, right),) = plot(1, 3, 4.2, width_ratios=(1, 1.1, 0.7))
     intervals(left, {"all": page["overall"], **page["by"]["family"], **controls}, others=controls)
-    left.set(title="families, and controls", xlim=(38, 108))
-    intervals(middle, templates, shift=-0.3, label="model", bars=False)
+    left.set(title="families, and controls", xlim=(0, 119))
+    intervals(middle, {example_of(template): entry for template, entry in found}, shift=-0.3, label="model", bars=False)
     # The controls of each template stand below the model's dot.
     for k, name in enumerate(controls):
-        rows = {template: page["controls_by_template"][template][name] for template in templates}
+        rows = {example_of(template): page["controls_by_template"][template][name] for template, _ in found}
         intervals(middle, rows, SERIES[3 - k], shift=0.2 * k - 0.1, label=name, bars=False)
-    middle.set_title("templates")
+    middle.set_title("kinds of question")
     figure.legend(loc="outside lower center", ncols=4)
-    # Controls of few questions may lie far from 50.
-    middle.set_xlim(min(38, middle.dataLim.x0 - 1), 108)
     for axis in (left, middle):
         axis.axvline(50, color=INK, lw=0.6, ls=":")
         axis.set_xlabel("balanced accuracy, %")
@@ -894,12 +978,14 @@ def figure_specialisation(report):
              Normalize(-most, most), title=f"lost: {kind}", xlabel="head")
     heat(axes[3], spread, *map(range, spread.shape), "{:.1f}", title="entropy: cross, nats", xlabel="head")
 
-    # Below: what each head looks for, a column for each head; 16 times more and 16 times less are equally dark.
+    # Below: what each head looks for, a column for each head; 32 times more and 32 times less are equally dark.
     profile = np.array(found["enrichment"])                 # (L, H, C)
-    names = [f"{layer}.{head}" for layer, head in np.ndindex(profile.shape[:2])]
-    table = np.maximum(profile.reshape(len(names), -1).T, 1 / 16)
-    heat(lower.subplots(), table, found["categories"], names, "{:.0f}", "PuOr_r", LogNorm(1 / 16, 16), "enrichment",
-         title="what each cross-attention head looks for", xlabel="layer.head")
+    names = np.array([f"{layer}.{head}" for layer, head in np.ndindex(profile.shape[:2])])
+    table = np.maximum(profile.reshape(len(names), -1).T, 1 / 32)
+    # Heads with the same favourite stand together.
+    order = np.argsort(table.argmax(0), kind="stable")
+    heat(lower.subplots(), table[:, order], found["categories"], names[order], "{:.0f}", "PuOr_r",
+         LogNorm(1 / 32, 32), "enrichment", title="what each cross-attention head looks for", xlabel="layer.head")
     untrained = attention["specialisation_untrained"]["selectivity"]
     return figure, dict(n=heads[0]["drop"]["n"], own=np.mean(found["selectivity"]), untrained=np.mean(untrained))
 
@@ -917,8 +1003,11 @@ def figure_pairs(report):
         taken[kinds.index(entry["asked"]), kinds.index(entry["present"])] = rounded(more)
     # Right: which commands get the same answer too often; each pair once, and none of too few questions.
     n = np.array(pairs["n"])
-    mixed = rounded(np.subtract(pairs["same"], pairs["expected"]))
-    mixed[(n < 20) | (np.triu(n, 1) > 0)] = np.nan
+    expected = np.array(pairs["expected"])
+    mixed = rounded(np.subtract(pairs["same"], expected))
+    # Three standard errors of a share: of about 80 pairs hardly one lies farther from chance by chance.
+    noise = 3 * np.sqrt(expected * (100 - expected) / np.maximum(n, 1))
+    mixed[(n < 20) | (np.triu(n, 1) > 0) | (np.abs(mixed) < noise)] = np.nan
     figure, ((left, right),) = plot(1, 2, 3.1)
 
     def draw(axis, table, names, bar, **labels):
@@ -990,13 +1079,15 @@ def figure_architecture(report):
 
 # Section of the report: {name: function}. The order is that of the report.
 FIGURES = {
+    "summary": {"words": figure_scene("words")},
     "data": {"pictures": figure_pictures},
     "model": {"architecture": figure_architecture},
     "training": {"training": figure_training},
     "accuracy": {"accuracy": figure_accuracy, "complexity": figure_complexity},
-    "attention": {"words": figure_scene("words"), "layers": figure_scene("layers"), "gallery": figure_gallery,
-                  "comparison": figure_comparison, "twins": figure_twins, "grounding": figure_grounding,
-                  "heads": figure_scene("heads"), "specialisation": figure_specialisation,
+    "attention": {"walk": figure_walk, "layers": figure_scene("layers"), "gallery": figure_gallery,
+                  "comparison": figure_comparison, "twins": figure_twins, "decides": figure_decides,
+                  "grounding": figure_grounding, "heads": figure_scene("heads"),
+                  "specialisation": figure_specialisation,
                   "vision": figure_scene("vision"), "text": figure_scene("text")},
     "calibration": {"calibration": figure_calibration},
     "failures": {"failures": figure_failures, "wrong": figure_wrong, "pairs": figure_pairs}}
@@ -1022,17 +1113,25 @@ CAPTIONS = {
     "complexity": "Accuracy by how much there is to see and to read, with 95% intervals over pictures.",
     "words": "A map for each word, and for the answer, which is read at “?”. Earlier words cannot see later ones."
     + ONE_SCENE,
-    "layers": "The same, layer by layer (animated; a printed page shows the first layer)." + ONE_SCENE,
+    "walk": "A pedestrian crosses a drawn street in {steps} steps, and the same question is asked at each (animated; a "
+    "printed page shows the first step). Nothing else in the scene changes. At the borders of “ahead” the truth is "
+    "unsure.",
+    "layers": "The maps of one question, layer by layer (animated; a printed page shows the first layer)." + ONE_SCENE,
     "gallery": "Each row follows one word through {columns} questions, drawn at random (seed {seed}). Left, for n "
     "questions with this word: how often the strongest patch touches a box of what the word names (chance: a random "
     "patch), and the median of how many times more attention the boxes get than their area. For left and right the box "
     "is that third of the picture.",
-    "comparison": "{pictures} pictures with two questions about different objects each, drawn at random (seed {seed}). "
+    "comparison": "{pictures} pictures with two questions about different objects that are there, drawn at random "
+    "(seed {seed}). "
     "Difference: orange where the first question looks more, purple where the second does. Over {n} random questions "
     "the mean L2 distance to the map of another question is {other}, to that of a paraphrase {same}.",
     "twins": "{shown} of {all} questions, drawn at random (seed {seed}): the scene and where the answer looked; then "
     "the scene after one edit that makes the other answer true, and where the answer looked then. Both answers are "
     "right for {both} of {n} pairs; chance is 25%.",
+    "decides": "Four of {n} YES questions about an object at a place, drawn at random (seed {seed}). Middle: the map "
+    "of the answer. Right: each patch is hidden in turn, and the log-odds of YES fall; colour: the share of this patch "
+    "in all that is lost, in the same multiples of an even spread. Patches that raise them when hidden count as 0. A "
+    "hidden patch is a grey square, which may itself look like something.",
     "grounding": "Above: the pointing game of the maps averaged over layers and heads, compared with baselines (grey): "
     "a random patch, the centre, the word for another kind in the same picture, the word for the same kind in another "
     "picture, untrained weights. Below: for {n} right YES answers, the patches that the answer looked at most are "
@@ -1059,7 +1158,8 @@ CAPTIONS = {
     "the other kind stands at the place asked about. The largest ratio: asked for a {asked} that is not there, the "
     "model says YES to {said_yes:.0f}% where there is a {present} (n={n}), and to {elsewhere:.0f}% where not. "
     "Right: two commands about one picture whose true answers differ: how much more often both get the same answer "
-    "than if their errors were independent. Grey: under 20 questions or pairs."}
+    "than if their errors were independent. Grey: under 20 questions or pairs and, on the right, differences within "
+    "three standard errors."}
 
 
 # ---- the report ----
@@ -1110,10 +1210,10 @@ def figure_html(name, path, caption, dpi):
     if not path:
         return f"<figure>{words}"
     with Image.open(path) as image:
-        if path.suffix == ".gif":
+        if path.suffix == ".webp":
             # An animation stays as it is: its frames would be lost.
             dpi = SCREEN_DPI
-            source = "data:image/gif;base64," + base64_text(path.read_bytes())
+            source = "data:image/webp;base64," + base64_text(path.read_bytes())
         else:
             # The dots of print are more than a screen shows.
             small = image.convert("RGB")
@@ -1154,6 +1254,28 @@ def limits(page):
     return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in found) + "</ul>"
 
 
+def summary(page):
+    """What the model does, and how well, in four sentences."""
+    found = page["attention"]["grounding"]["word"]
+    text = "Shown a picture of a street and a command, the model answers YES or NO, gives a reason in a few words, " \
+           f"and shows where each word looked. It is right in {text_of(page['overall'], '%')} (guessing: 50%)."
+    if page["twins"]:
+        text += f" Of two scenes that differ in one object, so that the truth differs, it answers both rightly in " \
+                f"{text_of(page['twins']['both_right'], '%')} (guessing: 25%)."
+    if "scores" in found:
+        best = found["scores"][found["best_baseline"]]["pointing"]
+        text += " The patch that the word of an object looks at most touches such an object in " \
+                f"{text_of(found['scores']['model']['pointing'], '%')} (best baseline: {text_of(best, '%')})."
+    return f'<p>{text} <a href="page.html">Look for yourself</a>, after python visualize.py --page=True.</p>'
+
+
+def all_numbers(page):
+    """Every number that evaluate.py prints, folded up."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate.print_rows(page)
+    return f"<details><summary>All numbers of eval.json</summary><pre>{html.escape(printed.getvalue())}</pre></details>"
+
+
 def results(page):
     """The numbers that matter most, each with its interval, n and what to compare it with."""
     rows = [(name, text_of(estimate), estimate["n"], other)
@@ -1178,8 +1300,9 @@ def write_report(path, report, drawn):
     dpi = report.cfg.dpi
     out = Path(report.cfg.out_dir)
     sections = {
-        "results": results(page), "data": table_html(*prepare.sets_table(report.meta["report"])), "model": "",
-        "training": study(out / "lr_range.md", ("lr_range",), dpi), "accuracy": "",
+        "summary": summary(page), "results": results(page) + all_numbers(page),
+        "data": table_html(*prepare.sets_table(report.meta["report"])), "model": "",
+        "training": study(out / "lr_range.md", ("lr_range",), dpi) + study(out / "bench.json", (), dpi), "accuracy": "",
         "attention": "<p>Colour: how many times more attention than an even spread, all maps of a figure on one scale. "
         "Outlined in green: the labelled boxes of what a word names and, for the answer, of what makes it YES. No box "
         "is used in training.</p>", "calibration": "", "failures": failure_types(report),
@@ -1202,7 +1325,9 @@ def write_report(path, report, drawn):
 # ---- the interactive page ----
 
 PAGE = HEAD + """<p id="said" aria-live="polite"></p>
-<p><label>Scene <select id="scene"></select></label> <label>Command <select id="command"></select></label></p>
+<p><label>Scene <select id="scene"></select></label>
+<label>Step through the scenes <input type="range" id="step" min="0"></label></p>
+<p><label>Command <select id="command"></select></label></p>
 <p><label>Word <select id="word" size="8"></select></label> <label>Layer <select id="layer" size="8"></select></label>
 <label>Head <select id="head" size="8"></select></label></p>
 <p><img id="picture" alt="the picture" style="width: 20rem; max-width: 100%">
@@ -1234,6 +1359,7 @@ function draw() {
   const scene = D.scenes[chosen("scene")], c = scene.commands[chosen("command")], word = chosen("word");
   const g = byId("map").getContext("2d");
   byId("said").textContent = `The model says ${c.said}: ${c.reason}. The truth is ${c.truth}.`;
+  byId("said").style.color = c.said.startsWith(c.truth) || c.truth === "unsure" ? "" : "#b00020";
   byId("map").ariaLabel = `where "${c.words[word]}" looks`;
   g.drawImage(byId("picture"), 0, 0, W, H);
   for (const [mode, colour] of [["saturation", "#888"], ["source-over", "#dddddda0"]]) {   // grey and pale
@@ -1253,10 +1379,13 @@ function draw() {
 }
 function ask() {
   const words = D.scenes[chosen("scene")].commands[chosen("command")].words;
-  list("word", words, words.length - 1);
+  // The same command about another scene keeps its word.
+  const same = [...byId("word").options].map(option => option.text).join() === words.join();
+  list("word", words, same ? chosen("word") : words.length - 1);
   draw();
 }
 function show() {
+  byId("step").value = chosen("scene");
   list("command", D.scenes[chosen("scene")].commands.map(c => c.text), 0);
   byId("picture").onload = ask;
   byId("picture").src = D.scenes[chosen("scene")].image;
@@ -1268,15 +1397,22 @@ byId("top").textContent = `≥ ${D.top}×`;
 for (const scene of D.scenes) for (const c of scene.commands) c.maps = bytes(c.maps);
 for (const [id, change] of [["scene", show], ["command", ask], ["word", draw], ["layer", draw], ["head", draw]])
   byId(id).onchange = change;
+byId("step").max = D.scenes.length - 1;
+byId("step").oninput = () => {
+  byId("scene").value = chosen("step");
+  show();
+};
 list("scene", D.scenes.map(scene => scene.name), 0);
 list("layer", [...[...Array(D.layers).keys()].map(l => `layer ${l}`), "all layers"], D.layers);
 list("head", [...[...Array(D.heads).keys()].map(h => `head ${h}`), "all heads"], D.heads);
 show();
 </script></body></html>
 """
-# Scenes on the page, and questions about each. All maps of all heads are in the file: more would make it slow to load.
+# Random scenes on the page, questions about each, and wrong answers. All maps of all heads are in the file: more would
+# make it slow to load.
 SCENES = 8
 EACH = 4
+WRONG = 4
 
 
 def packed(shares):
@@ -1293,25 +1429,33 @@ def make_page(cfg):
     # The sizes of the checkpoint, which may differ from those given here.
     cfg = report.cfg
     asked = report.asked
-    scenes = []
-    for questions in islice(report.pictures(), SCENES):
+
+    def scene(name, answers):
+        """answers: (Shot, truth) of each command about one picture."""
         entries = []
-        for i in questions[:EACH]:
-            shot = report.shot(i)
+        for shot, truth in answers:
             boxes = [[corners(label) for label in labels] for labels in shot.boxes]
             entries.append(dict(text=asked_text(shot), words=shot.words + ["answer"], said=verdict_text(shot),
-                                truth=yes_no(asked.truth[i]), reason=tidy(shot.reason), boxes=boxes,
-                                maps=packed(np.sqrt(shot.cross))))
-        scenes.append(dict(name=asked.frame(i)["name"], commands=entries,
-                           image=web_picture(Image.fromarray(asked.pixels(i)))))
+                                truth=truth, reason=tidy(shot.reason), boxes=boxes, maps=packed(np.sqrt(shot.cross))))
+        return dict(name=name, commands=entries, image=web_picture(Image.fromarray(np.asarray(shot.picture))))
+
+    def shots(questions):
+        return [(report.shot(i), yes_no(asked.truth[i])) for i in questions]
+    scenes = [scene(asked.frame(questions[0])["name"], shots(questions[:EACH]))
+              for questions in islice(report.pictures(), SCENES)]
+    failed = [asked.at[report.failures[k]["item"]] for k in report.rng().permutation(len(report.failures))[:WRONG]]
+    scenes += [scene(f"wrong answer: {asked.frame(i)['name']}", shots([i])) for i in failed]
+    if cfg.source == "drawn":
+        scenes += [scene(f"a pedestrian walks: step {k}", [step]) for k, step in enumerate(walk(report), 1)]
     # Upper end of the scale: a head rarely looks at fewer than four patches.
     top = math.prod(report.grid) / 4
     data = dict(scenes=scenes, grid=report.grid, size=prepare.size_of(cfg), layers=cfg.text_layers,
                 heads=cfg.text_heads, top=top, colours=packed(OVERLAY.colors))
     about = "Choose a scene, a command, and one of its words. Then choose a layer and a head, or the average of all. " \
             "Colour: how many times more attention than an even spread. Boxes show what the word names. " \
-            f"{len(scenes)} pictures of the {report.page['split']} split with up to {EACH} questions each, drawn at " \
-            f"random (seed {report.seed}); checkpoint of update {report.page['step']}."
+            f"First up to {EACH} questions about each of {SCENES} pictures of the {report.page['split']} split, and " \
+            f"{WRONG} wrong answers, drawn at random (seed {report.seed}); then, if scenes are drawn, a pedestrian " \
+            f"who crosses a street. Checkpoint of update {report.page['step']}. <a href='report.html'>The report</a>."
     # Inside a script, "</" could end it; in a string, "<\\/" means the same.
     text = json.dumps(data).replace("</", "<\\/")
     path = Path(cfg.out_dir) / "page.html"
@@ -1321,6 +1465,9 @@ def make_page(cfg):
 
 # ---- the script ----
 
+LARGEST = 640                 # pixels of the longer side of a picture below a map
+
+
 def answer_picture(cfg):
     """Answer cfg.command about cfg.image with all figures of a scene; with cfg.command2, answer and compare both."""
     subject = evaluate.Subject(cfg)
@@ -1328,17 +1475,22 @@ def answer_picture(cfg):
     cfg = subject.cfg
     # Commands are checked before anything is answered.
     asked = [commands.understood(text) for text in (cfg.command, cfg.command2) if text]
-    picture, _ = prepare.picture_and_sides(cfg.image, prepare.size_of(cfg))
+    picture, sides = prepare.picture_and_sides(cfg.image, prepare.size_of(cfg))
     picture = np.asarray(picture)
+    # Maps are shown on the picture itself, in its own shape.
+    less = min(1, LARGEST / max(sides))
+    own, _ = prepare.picture_and_sides(cfg.image, [math.ceil(side * less) for side in sides])
     shots = []
     for texts in asked:
         tried = [answer(subject, picture, text) for text in texts]
         # Of several, the surest YES; without any, the surest NO.
         shot = max(tried, key=lambda shot: (shot.verdict == "YES", shot.probability))
-        shots.append(shot)
+        shots.append(shot._replace(picture=np.asarray(own)))
         if len(tried) > 1:
             print(asked_text(shot))
         print(f"{verdict_text(shot)}\n{tidy(shot.reason)}")
+    if cfg.source == "drawn":
+        print("note: this model has seen drawn streets only; about photographs it is often wrong")
     out = Path(cfg.out_dir) / "answer"
     out.mkdir(parents=True, exist_ok=True)
     # The commands become part of the names of the files.
