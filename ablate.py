@@ -51,7 +51,7 @@ import train
 import visualize
 from commands import FALSE, QUESTIONS, TEMPLATES, UNSURE, View
 from config import UserError
-from evaluate import Questions, Subject, made_folder, rounded, text_of, write
+from evaluate import Questions, Subject, made_folder, markdown_table, rounded, text_of, write
 from model import (VLM, Attention, Decoder, DecoderBlock, GatedFFN, RMSNorm, VisionEncoder, as_rows, forward_flops,
                    least_seconds, pick_device, positions, rope_tables, row_mask)
 from prepare import draw_scene
@@ -512,11 +512,6 @@ def accuracy_cells(row):
             *(chance(difference.get(name)) for name in ("p_sign", "p", "p_holm")),
             text_of(dict(value=difference.get("detectable")), digits=1),
             verdict]
-
-
-def markdown_table(heads, rows):
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def markdown(table):

@@ -13,8 +13,9 @@
     python evaluate.py --checkpoint=out/default/last.pt --split=val
     python evaluate.py --against=out/seed1/best.pt          paired comparison of two checkpoints
 
-Writes three files to out_dir:
+Writes four files to out_dir:
     eval.json           every figure
+    eval.md             the tables of README
     failures.jsonl      every wrong answer
     attention.npz       items (m,): rows of the sampled questions in the split's commands; answer_maps (m, P) float16:
                         their attention where the answer is read, mean over layers and heads; odds (m,);
@@ -47,8 +48,10 @@ from model import VLM, as_rows, autocast, pick_dtype
 from tokenizer import NO, YES, pad
 from train import Data
 
-FORMAT = 2                    # of eval.json; visualize.py asks for a new evaluation when it finds another one
-FAMILIES = ("detection", "state", "safety", "navigation")
+FORMAT = 3                    # of eval.json; visualize.py asks for a new evaluation when it finds another one
+# Families of questions, with an example.
+FAMILIES = {"detection": "is there a bus on the left?", "state": "is the light red?",
+            "safety": "can the car safely turn left?", "navigation": "is the way ahead clear?"}
 STORED_FAILURES = 64          # wrong answers whose maps of all layers and heads are kept in attention.npz
 
 # ---- statistics ----
@@ -906,10 +909,8 @@ def deletion_insertion(subject, asked, answer, odds, count):
         own = area[:, 0, k]
         chance = area[:, 1:, k].mean(1)
         result[name] = asked.means(at, 1, attention=own, random=chance, difference=own - chance)
-        result[name].update(curve=[], random_curve=[])
-        if len(usable):
-            result[name]["curve"] = p[:, 0, k].mean(0)
-            result[name]["random_curve"] = p[:, 1:, k].mean((0, 1))
+        for curve, values in (("curve", p[:, 0, k]), ("random_curve", p[:, 1:, k].mean(1))):
+            result[name][curve] = [asked.mean(value, at, 1) for value in values.T] if len(usable) else []
     return result
 
 
@@ -1314,29 +1315,49 @@ def text_of(entry, unit="", digits=2):
 
 
 def headline(page):
-    """The figures that matter most: [(name, estimate, what to compare it with)]."""
+    """The figures that matter most: [(name, estimate, what it means or what to compare it with)]."""
+    gap, = (entry for name, entry in page["train_gap"].items() if " minus " in name)
     rows = [
         ("all questions", page["overall"], "guessing: 50"),
-        *((f"- {name}", entry, "") for name, entry in page["by"]["family"].items()),
+        *((f"- {name}", entry, f"such as “{FAMILIES[name]}”") for name, entry in page["by"]["family"].items()),
         *((f"control: {name}", entry, "must be 50") for name, entry in page["controls"].items()),
-        ("vision gain, points over the best control", page["vision_gain"], "at most 50")]
-    for name, text in (("test_words", "paraphrases"), ("test_combos", "questions")):
+        ("vision gain", page["vision_gain"], "points over the best control; at most 50"),
+        ("training pictures minus test pictures", gap, "points; overfitting")]
+    for name, text in (("test_words", "paraphrases"), ("test_combos", "combinations such as “bus ahead”")):
         if name in page["held_out"]:
-            drop = text_of(page["held_out"][f"{name}, drop"])
+            drop = text_of(page["held_out"][f"{name}, drop"], digits=1)
             rows.append((f"{text} never trained on", page["held_out"][name], f"{drop} points lost"))
-    rows.append(("weather and times never trained on", page["ood"]["all"], "guessing: 50"))
+    rows.append(("weather and hours never trained on", page["ood"]["all"], "guessing: 50"))
     if page["twins"]:
-        rows.append(("twins, both right", page["twins"]["both_right"], "guessing: 25"))
+        rows.append(("twins, both right", page["twins"]["both_right"],
+                     "a scene, and its copy with one edit that flips the truth; guessing: 25"))
     rows += [
-        ("reasons true by the rules", page["reasons"]["true"], ""),
+        ("true reasons", page["reasons"]["true"], "of the scene, by the rules"),
         ("right answer, false reason", page["reasons"]["shortcut_rate"], "")]
-    for looker, text in (("word", "an object's word"), ("answer", "the answer")):
-        found = page["attention"]["grounding"][looker]
-        if "scores" in found:
-            best = found["best_baseline"]
-            rows.append((f"pointing game, {text}", found["scores"]["model"]["pointing"],
-                         f"{best}: {text_of(found['scores'][best]['pointing'])}"))
+    probe = page["attention"]["deletion_insertion"]
+    for name, text in (("deletion", "hidden"), ("insertion", "shown")):
+        rows.append((f"p(YES) while the patches looked at most are {text} first", probe[name]["attention"],
+                     f"in random order: {text_of(probe[name]['random'], digits=1)}"))
     return rows
+
+
+def markdown_table(heads, rows):
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def tables(page):
+    """The tables of eval.md, which README quotes: the figures that matter most, and where attention points."""
+    rows = [(name, text_of(entry, digits=1), f"{entry['n']:,}", text) for name, entry, text in headline(page)]
+    text = markdown_table(("measure", "% [95% interval]", "n", "compare with"), rows)
+    for looker, name in (("word", "the word of an object"), ("answer", "the answer")):
+        scores = page["attention"]["grounding"][looker].get("scores", {})
+        rows = [(who, *(text_of(found[what], digits=1) for what in ("pointing", "enrichment", "iou")))
+                for who, found in scores.items()]
+        if rows:
+            text += "\n" + markdown_table((f"{name}, n={scores['model']['pointing']['n']:,}", "pointing, %",
+                                           "enrichment, times", "IoU, %"), rows)
+    return text
 
 
 def print_rows(found, depth=0):
@@ -1355,9 +1376,8 @@ def print_rows(found, depth=0):
 def print_page(page, records):
     """The page for people: the numbers that matter most, all the others, and some wrong answers (dicts)."""
     print(f"\n{page['split']} split: balanced accuracy and shares in % [95% interval over pictures]")
-    for name, entry, compare_with in headline(page):
-        print(f"  {name:<42} {text_of(entry):<24} n={entry['n']:<6} {compare_with}")
-    print("\nEverything in eval.json but lists:")
+    print(tables(page))
+    print("Everything in eval.json but lists:")
     print_rows(page)
     print("\nPoints lost without a head, the most first:")
     for e in sorted(page["head_ablation"], key=lambda e: -(e["drop"]["value"] or 0))[:6]:
@@ -1467,7 +1487,8 @@ def evaluate(cfg, blind_steps=300):
     store_maps(out / "attention.npz", subject, asked, odds, chosen, maps)
     write(out / "failures.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     write(out / "eval.json", page)
-    print(f"\nwrote eval.json, failures.jsonl and attention.npz to {out} in {time.time() - start:.0f} s")
+    write(out / "eval.md", tables(page))
+    print(f"\nwrote eval.json, eval.md, failures.jsonl and attention.npz to {out} in {time.time() - start:.0f} s")
     return page
 
 

@@ -945,9 +945,8 @@ def figure_grounding(report):
     # The numbers of patches double from step to step: the first few matter most.
     patches = [round(math.prod(report.grid) * share) for share in probe["share_of_patches"]]
     for axis, name, done in zip(axes[1], ("deletion", "insertion"), ("taken away", "shown")):
-        axis.plot(probe[name]["random_curve"], "o-", color=SERIES[3], label="random order")
-        axis.plot(probe[name]["curve"], "o-", color=SERIES[0], label="by attention")
-        say_if_empty(axis, probe[name]["curve"])
+        for curve, colour, label in (("random_curve", SERIES[3], "random order"), ("curve", SERIES[0], "by attention")):
+            band(axis, range(len(probe[name][curve])), probe[name][curve], color=colour, label=label)
         axis.set_xticks(range(len(patches)), patches)
         own, chance = (text_of(probe[name][order], digits=0) for order in ("attention", "random"))
         axis.set(title=f"{name}: area {own},\nrandom order {chance}", xlabel=f"patches {done}", ylim=(0, 103),
