@@ -32,7 +32,7 @@ import math
 import random
 import sys
 import time
-from collections import Counter, namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,9 +53,9 @@ from commands import FALSE, QUESTIONS, TEMPLATES, UNSURE, View
 from config import UserError
 from evaluate import Questions, Subject, made_folder, markdown_table, rounded, text_of, write
 from model import (VLM, Attention, Decoder, DecoderBlock, GatedFFN, RMSNorm, VisionEncoder, as_rows, forward_flops,
-                   least_seconds, pick_device, positions, rope_tables, row_mask)
+                   least_seconds, parameter_count, pick_device, positions, rope_tables, row_mask)
 from prepare import draw_scene
-from tokenizer import IGNORE
+from tokenizer import IGNORE, NO, YES
 from train import Clock, Data, Run
 from visualize import INK, SERIES
 
@@ -86,8 +86,9 @@ class Blind(VLM):
 class Pooled(Attention):
     """The mean of all values for every query: with keys of 0 all patches have the same weight."""
 
-    def forward(self, x, k, v, mask=None, rope=None, collect=None):
-        return super().forward(x, torch.zeros_like(k), v, mask, rope, collect)
+    def keys_values(self, source, rope=None):
+        k, v = super().keys_values(source, rope)
+        return torch.zeros_like(k), v
 
 
 def pool_patches(cfg, block):
@@ -161,18 +162,13 @@ class Prefix(Decoder):
         return self.norm(x)[:, P:]
 
 
-class PlainFFN(nn.Module):
-    """down(gelu(up(x))), with as many weights as the gated FFN that it replaces."""
-
-    def __init__(self, cfg, old):
-        super().__init__()
-        # Two matrices of this width have as many weights as the three of the gated FFN.
-        hidden = 3 * cfg.text_ffn_dim // 2
-        self.up = nn.Linear(cfg.text_dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, cfg.text_dim, bias=False)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+def plain_ffn(cfg, old):
+    # Two matrices of this width have as many weights as the three of the gated FFN.
+    hidden = 3 * cfg.text_ffn_dim // 2
+    return nn.Sequential(OrderedDict(
+        up=nn.Linear(cfg.text_dim, hidden, bias=False),
+        gelu=nn.GELU(approximate="tanh"),
+        down=nn.Linear(hidden, cfg.text_dim, bias=False)))
 
 
 # ---- commands of training that settings cannot make ----
@@ -180,14 +176,11 @@ class PlainFFN(nn.Module):
 class AnswersOnly(Data):
     """Of a question only the answer [YES] or [NO] is learned, no reason; descriptions stay."""
 
-    def batch(self, position, size):
-        batch = super().batch(position, size)
-        answer = train.verdicts(batch.targets)                                    # (B, L)
-        for k in range(1, int(batch.segment.max()) + 1):
-            own = batch.segment == k
-            is_question = (own & answer).any(1, keepdim=True)
-            batch.targets[own & is_question & ~answer] = IGNORE
-        return batch
+    def targets_of(self, ids, prompt):
+        targets = super().targets_of(ids, prompt)
+        if ids[prompt] in (YES, NO):
+            targets[prompt:] = [IGNORE] * len(targets[prompt:])
+        return targets
 
 
 def unbalanced_items(cfg):
@@ -272,7 +265,7 @@ def variants(cfg):
                                      exchanged(Decoder, LearnedPositions)),
         "layernorm": variant("LayerNorm instead of RMSNorm", exchanged(
             RMSNorm, lambda cfg, old: nn.LayerNorm(len(old.weight), eps=old.eps))),
-        "plain_ffn": variant("GELU instead of the gated unit, as many weights", exchanged(GatedFFN, PlainFFN)),
+        "plain_ffn": variant("GELU instead of the gated unit, as many weights", exchanged(GatedFFN, plain_ffn)),
         "entropy": variant("entropy of the cross-attention in the loss, weight 0.05", entropy_weight=0.05),
         "patch_double": variant(f"patches of {2 * cfg.patch_size} pixels instead of {cfg.patch_size}",
                                 patch_size=2 * cfg.patch_size)}
@@ -319,7 +312,7 @@ class Exam:
             f1=evaluate.classification(asked.truth, said)["macro_f1"],
             twins=100 * both_right.mean(),
             held_out_drop=accuracy - percent(self.combos.truth, self.combos.odds(subject)),
-            parameters=sum(p.numel() for p in subject.model.parameters()))
+            parameters=parameter_count(subject.model)[0])
         if maps:
             answers, _, word = evaluate.looks(subject, asked, self.looked)
             own = word.mean
@@ -663,12 +656,12 @@ class Trial:
         self.subject = subject
         self.cfg = subject.cfg
         self.rows = []
-        self.asked = Questions(subject, meta, "test", 6 * count)
-        self.chosen = self.asked.sample(count, 3)
-        self.pictures = np.stack([self.asked.pixels(i) for i in self.chosen])
-        self.prompts = [self.asked.prompts[i] for i in self.chosen]
-        self.odds, self.maps = self.watch(self.pictures, self.prompts)
-        self.all = np.arange(len(self.chosen))
+        self.asked = asked = Questions(subject, meta, "test", 6 * count)
+        chosen = asked.sample(count, 3)
+        asked.hold(subject, asked.data, asked.rows[chosen], [asked.items[i] for i in chosen], asked.frames)
+        self.all = np.arange(len(chosen))
+        self.pictures = np.stack([asked.pixels(i) for i in self.all])
+        self.odds, self.maps = self.watch(self.pictures, asked.prompts)
         self.add("undisturbed", "")
 
     def watch(self, pictures, prompts):
@@ -676,22 +669,19 @@ class Trial:
         return evaluate.watch(self.subject, ((picture, [ids]) for picture, ids in zip(pictures, prompts)))
 
     def score(self, pictures, prompts, of):
-        """Accuracy, and cosine to the undisturbed maps, of the questions number `of` of the sample."""
-        at = self.chosen[of]
+        """Accuracy, and cosine to the undisturbed maps, of the questions number `of`."""
         odds, maps = self.watch(pictures, prompts)
-        every = np.zeros(len(self.asked.rows))
-        every[at] = odds
-        accuracy = self.asked.accuracy(every, at)
+        accuracy = self.asked.accuracy(odds, of)
         # Where YES is right for all, as in occlusion, balanced accuracy has no meaning.
-        if self.asked.truth[at].all():
-            accuracy = self.asked.mean(odds > 0, at)
+        if self.asked.truth[of].all():
+            accuracy = self.asked.mean(odds > 0, of)
         cosine = evaluate.distances(self.maps[of], maps)["cosine"]
-        return dict(accuracy=accuracy, cosine=self.asked.mean(cosine, at, 1))
+        return dict(accuracy=accuracy, cosine=self.asked.mean(cosine, of, 1))
 
     def add(self, study, name, pictures=None, prompts=None, of=None, control=None):
         """Score disturbed pictures or prompts, and the pictures of the control, and keep the row."""
         of = self.all if of is None else of
-        own = [self.prompts[i] for i in of]
+        own = [self.asked.prompts[i] for i in of]
         pictures = self.pictures[of] if pictures is None else pictures
         size = np.sqrt(np.mean((np.array(pictures, np.float32) - self.pictures[of]) ** 2))
         scores = self.score(pictures, prompts or own, of)
@@ -710,7 +700,7 @@ class Trial:
     def attacked(self):
         """FGSM and PGD of five sizes; control: changes of the same size with random signs."""
         of = self.all[:math.ceil(self.cfg.probe_items / 3)]
-        truth = self.asked.truth[self.chosen]
+        truth = self.asked.truth
         for size in ATTACK:
             signs = np.random.default_rng(size).choice([-size, size], self.pictures[of].shape)
             control = np.clip(self.pictures[of] + signs, 0, 255).astype(np.uint8)
@@ -718,7 +708,7 @@ class Trial:
                 changed = []
                 # A few at a time: what the gradients of all pictures need would fill the memory.
                 for part in np.array_split(of, math.ceil(len(of) / 16)):
-                    prompts = [self.prompts[i] for i in part]
+                    prompts = [self.asked.prompts[i] for i in part]
                     changed.extend(attack(self.subject, self.pictures[part], prompts, truth[part], size, steps))
                 self.add(name, size, changed, of=of, control=control)
 
@@ -726,8 +716,7 @@ class Trial:
         """A grey box over the one object that makes a right YES true; control: as large a box elsewhere."""
         rng = np.random.default_rng(0)
         of, hidden, control = [], [], []
-        for n in np.flatnonzero(self.asked.truth[self.chosen] & (self.odds > 0)):
-            i = self.chosen[n]
+        for i in np.flatnonzero(self.asked.truth & (self.odds > 0)):
             question = self.asked.questions[i]
             evidence = question.evidence(self.asked.view(i))
             if len(evidence) != 1:
@@ -742,10 +731,10 @@ class Trial:
             other = elsewhere(box, self.cfg.image_width, self.cfg.image_height, rng)
             if other is None:
                 continue
-            of.append(n)
+            of.append(i)
             # The same question about both pictures, so that the two differ in the place of the box alone.
             for pictures, (x1, y1, x2, y2) in ((hidden, box), (control, other)):
-                pictures.append(self.pictures[n].copy())
+                pictures.append(self.pictures[i].copy())
                 pictures[-1][y1:y2, x1:x2] = self.subject.blank[0, 0]
         if of:
             self.add("occlusion", "of the one object", hidden, of=np.array(of), control=control)
@@ -753,8 +742,8 @@ class Trial:
     def reworded(self):
         """The same question in other words, and its own words in any order."""
         rng = random.Random(0)
-        questions = [self.asked.questions[i] for i in self.chosen]
-        words = [self.asked.items[i]["command"].split() for i in self.chosen]
+        questions = self.asked.questions
+        words = [item["command"].split() for item in self.asked.items]
         wordings = {"that training used": [question.words(rng) for question in questions],
                     "that training never used": [question.words(rng, -1) for question in questions],
                     "shuffled": [" ".join(rng.sample(own, len(own))) for own in words]}
@@ -766,7 +755,7 @@ class Trial:
         if self.cfg.source != "drawn":
             return
         size = prepare.size_of(self.cfg)
-        specs = [self.asked.spec(i) for i in self.chosen]
+        specs = [self.asked.spec(i) for i in self.all]
         street = [draw_scene(dict(spec, seed=spec["seed"] + 1), size) for spec in specs]
         self.add("scene", "in another street", street)
         for kind, names in (("weather", prepare.WEATHERS), ("timeofday", prepare.TIMES)):
@@ -861,7 +850,7 @@ def seconds_of(run, batches, reads):
             clock.start()
         micros = next(batches)
         clock.stop("data")
-        run.update(micros, train.total_weight(micros, run.cfg), reads, clock)
+        run.update(micros, reads, clock)
     return np.array([clock.seconds[part] / UPDATES for part in PARTS])
 
 
@@ -883,7 +872,7 @@ def bench(cfg):
     data = Data(cfg, prepare.ready(cfg), "train")
     run = Run(cfg, data, pick_device(cfg))
     updates = {"see": train.see_updates(cfg), "read": train.all_updates(cfg) - train.see_updates(cfg)}
-    batches = run.batches(0, 2 * TURNS * (cfg.prefetch + UPDATES), 0, cfg.batch_size)
+    batches = run.batches(0, 2 * TURNS * (cfg.prefetch + UPDATES))
     seconds = {stage: [] for stage, count in updates.items() if count}
     peak = 0.0
     # In turns, so that a busy moment of the machine slows all alike.
@@ -927,7 +916,7 @@ def bench(cfg):
 LOWEST, HIGHEST, STEPS = 1e-3, 10.0, 150    # of the range, in multiples of the rates of the settings; updates
 
 
-def rising_rates(run, data, reads):
+def rising_rates(run, reads):
     """{scale, loss, suggested} while all learning rates grow from LOWEST to HIGHEST times their peaks (Smith 2017).
 
     loss: a running mean, until it doubles from its least or is not finite. suggested: the lowest scale at which the
@@ -939,9 +928,7 @@ def rising_rates(run, data, reads):
     for i, scale in enumerate(np.geomspace(LOWEST, HIGHEST, STEPS).tolist()):
         for group in run.optimizer.param_groups:
             group["lr"] = scale * group["peak"]
-        micros = data.micro_batches(i, 0, run.cfg.batch_size)
-        total = train.total_weight(micros, run.cfg)
-        loss, _, done = run.update(micros, total, reads, Clock(run.device))
+        loss, _, done = run.update(run.data.micro_batches(i), reads, Clock(run.device))
         mean = 0.9 * mean + 0.1 * loss
         smooth = mean / (1 - 0.9 ** (i + 1))                # the mean starts at 0
         if not done or losses and smooth > 2 * min(losses):
@@ -976,7 +963,7 @@ def lr_range(cfg):
         title, names = STAGES[stage]
         # Each stage begins anew, with the same weights.
         torch.manual_seed(cfg.seed)
-        entry = found[stage] = rising_rates(Run(cfg, data, pick_device(cfg)), data, stage == "read")
+        entry = found[stage] = rising_rates(Run(cfg, data, pick_device(cfg)), stage == "read")
         rates = [f"--{name}={entry['suggested'] * getattr(cfg, name):.1e}" for name in names]
         text += f"{title}: try {' '.join(rates)}, {entry['suggested']:.2g} times the rates of the settings.\n"
         axis.plot(entry["scale"], entry["loss"], color=SERIES[0])

@@ -24,7 +24,6 @@ Writes four files to out_dir:
 Shapes: n questions, U pictures, R resamples, L layers, H heads, T tokens, P patches, C categories.
 """
 import bisect
-import contextlib
 import functools
 import itertools
 import json
@@ -67,12 +66,11 @@ def resamples_of(units, resamples):
     return counts.reshape(resamples, units).astype(np.float32)
 
 
-def estimate(n, value=None, draws=()):
+def estimate(n, value, draws):
     """One figure as dict(n, value, low, high), with the 95% percentile interval of its resampled values.
 
     value, low and high are None where the figure is not defined.
     """
-    draws = np.asarray(draws, float)
     # A resample can lack what the figure divides by, such as any YES item: such draws are left out.
     draws = draws[np.isfinite(draws)]
     if not len(draws):
@@ -92,8 +90,6 @@ def interval(picture, columns, statistic, resamples):
     picture (n,); columns: C arrays (n,); statistic: turns sums of the columns (..., C) into values (...).
     """
     pictures, unit = np.unique(picture, return_inverse=True)
-    if not len(pictures):
-        return estimate(0)
     # The statistic needs sums alone, so that all resamples together are one product of matrices.
     sums = np.stack([np.bincount(unit, c, len(pictures)) for c in columns], 1)     # (U, C)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -102,10 +98,8 @@ def interval(picture, columns, statistic, resamples):
 
 
 def median_estimate(picture, values, resamples):
-    """Median of values (n,)."""
+    """Median of values (n,), of which there are some."""
     pictures, unit = np.unique(picture, return_inverse=True)
-    if not len(pictures):
-        return estimate(0)
     order = np.argsort(values)
     # A value counts as often as its picture was drawn; the median is where half of the counts are reached.
     counts = resamples_of(len(pictures), resamples)[:, unit[order]].cumsum(1)                           # (R, n)
@@ -158,14 +152,12 @@ def mcnemar(a_right, b_right):
 
 def holm(p_values):
     """p-values adjusted for all of them being looked at (Holm 1979), in the order given."""
-    p = np.asarray(p_values, float)
-    adjusted = np.empty(len(p))
-    worst = 0.0
-    for rank, i in enumerate(np.argsort(p, kind="stable")):
-        # Never below the one before: a smaller p must not end up with a larger adjusted one.
-        worst = max(worst, min(1.0, p[i] * (len(p) - rank)))
-        adjusted[i] = worst
-    return adjusted.tolist()
+    p = np.array(p_values, float)
+    order = np.argsort(p, kind="stable")
+    times = np.minimum(1, p[order] * np.arange(len(p), 0, -1))
+    # Never below the one before: a smaller p must not end up with a larger adjusted one.
+    p[order] = np.maximum.accumulate(times)
+    return p.tolist()
 
 
 # ---- texts ----
@@ -442,10 +434,10 @@ class Questions:
         """The subject's log-odds of YES for all questions (n,)."""
         return subject.ask(self.jobs())
 
-    def accuracy(self, odds, where=slice(None)):
-        """Balanced accuracy in % of log-odds (n,), or of the part that `where` selects."""
-        columns = yes_no(self.truth[where], odds[where] > 0)
-        return interval(self.picture[where], columns, balanced, self.cfg.bootstrap)
+    def accuracy(self, odds, chosen=slice(None)):
+        """Balanced accuracy in % of log-odds (m,), one for each chosen question; all by default."""
+        columns = yes_no(self.truth[chosen], odds > 0)
+        return interval(self.picture[chosen], columns, balanced, self.cfg.bootstrap)
 
     def lead(self, odds, other, theirs):
         """Balanced accuracy of log-odds minus that of `theirs`, log-odds for another set (or for this one), in points.
@@ -555,8 +547,10 @@ def broken_down(asked, odds):
                 members.setdefault(name, {}).setdefault(group, []).append(i)
     found = {}
     for name, groups in members.items():
-        order = FAMILIES if name == "family" else sorted(groups)
-        found[name] = {group: asked.accuracy(odds, np.array(groups[group], int)) for group in order}
+        found[name] = {}
+        for group in FAMILIES if name == "family" else sorted(groups):
+            own = np.array(groups[group], int)
+            found[name][group] = asked.accuracy(odds[own], own)
     return found
 
 
@@ -602,8 +596,8 @@ def controls(subject, asked, odds, meta, blind_steps):
         "another picture": subject.ask(asked.jobs(shown=lambda picture: asked.data.images[another[picture]])),
         "trained without pictures": blind_odds(subject, meta, asked.prompts, blind_steps)}
 
-    def scores_of(where=slice(None)):
-        return {name: asked.accuracy(answer, where) for name, answer in answers.items()}
+    def scores_of(chosen=slice(None)):
+        return {name: asked.accuracy(answer[chosen], chosen) for name, answer in answers.items()}
     # By template too, because a leak in one could hide in the mean of all.
     templates = np.array([question.template for question in asked.questions])
     by_template = {template: scores_of(templates == template) for template in np.unique(templates)}
@@ -972,18 +966,18 @@ def stability(subject, asked, count):
         _, maps = watch(subject, those.values())
         pairs[name] = distances(usual[at], maps)
         found[name] = asked.means(chosen[at], 1, **pairs[name])
-    found["command sensitivity"] = {}
-    for key in ("l2", "js"):
-        columns = pairs["another question"][key], pairs["paraphrase"][key]
-        found["command sensitivity"][key] = interval(asked.picture[chosen], columns, ratio, asked.cfg.bootstrap)
+    found["command sensitivity"] = {
+        key: interval(asked.picture[chosen], (pairs["another question"][key], pairs["paraphrase"][key]), ratio,
+                      asked.cfg.bootstrap)
+        for key in ("l2", "js")}
     return found
 
 
 # ---- heads ----
 
-@contextlib.contextmanager
 def without_head(attention, head):
-    """Inside `with`, head `head` of a model.Attention adds nothing: its part is zeroed before the output projection."""
+    """For `with`, inside which head `head` of a model.Attention adds nothing: its part is zeroed before the output
+    projection."""
     d = attention.head_dim
 
     # After the output projection the heads are summed, and none could be taken out any more.
@@ -991,11 +985,8 @@ def without_head(attention, head):
         kept = inputs[0].clone()
         kept[..., head * d:(head + 1) * d] = 0
         return (kept,)
-    handle = attention.out.register_forward_pre_hook(zero)
-    try:
-        yield
-    finally:
-        handle.remove()
+    # PyTorch's handle takes its hook away at the end of `with`.
+    return attention.out.register_forward_pre_hook(zero)
 
 
 def attentions(model):
@@ -1208,7 +1199,7 @@ def failures(subject, asked, odds):
             missed_parts=[" ".join(filter(None, q)) for q in missed],
             suspected_label_error=bool(max(p, 1 - p) > 0.95 and not again.any())))
     kinds = ("type", "error", "low_confidence", "suspected_label_error")
-    counts = {kind: Counter(r[kind] for r in records) for kind in kinds}
+    counts = {kind: Counter(str(r[kind]) for r in records) for kind in kinds}
     counts["type_by_family"] = {name: Counter(r["type"] for r in records if r["family"] == name) for name in FAMILIES}
     return records, counts
 
@@ -1281,15 +1272,8 @@ def compare(other, asked, odds):
 
 def rounded(value):
     """Plain Python values of 4 decimals, ready for JSON; numbers that are not finite, which it lacks, become None."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(k): rounded(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(v) for v in value]
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return value
+    text = json.dumps(value, default=lambda of_numpy: of_numpy.tolist())
+    return json.loads(text, parse_float=lambda number: round(float(number), 4), parse_constant=lambda name: None)
 
 
 def made_folder(cfg):

@@ -315,9 +315,6 @@ class VisionEncoder(nn.Module):
 
     def forward(self, images, features=None, collect=None):
         """features: a dict that receives what each stage puts out; collect: a list for the attention weights."""
-        if images.shape[1:] != (3, *self.size):
-            height, width = self.size
-            raise ValueError(f"pictures must be (B, 3, {height}, {width}), not {tuple(images.shape)}")
         seen = {} if features is None else features
         x = self.stem(images.contiguous(memory_format=torch.channels_last))       # (B, D, rows, columns)
         x = seen["stem"] = x.flatten(2).transpose(1, 2)                           # (B, P, D)
@@ -357,34 +354,33 @@ class WordTagger(nn.Module):
 # ---- decoder ----
 
 class Cache:
-    """The KV-cache of generation: keys and values of each layer, of the text (they grow) and of the picture."""
+    """The KV-cache of generation: keys and values by block of the decoder, of the text (they grow) and the picture."""
 
-    def __init__(self, layers):
-        self.text = [None] * layers
-        self.picture = [None] * layers
+    def __init__(self):
+        self.text = {}
+        self.picture = {}
         self.segment = None                                                       # of all words so far, (N, S)
 
-    def append(self, layer, k, v):
+    def append(self, block, k, v):
         """Add k and v (N, G, new, d) of the newest words; returns those of all words so far, (N, G, S, d) each."""
-        if self.text[layer] is not None:
-            old_k, old_v = self.text[layer]
+        if block in self.text:
+            old_k, old_v = self.text[block]
             k = torch.cat((old_k, k), 2)
             v = torch.cat((old_v, v), 2)
-        self.text[layer] = k, v
+        self.text[block] = k, v
         return k, v
 
     def reorder(self, rows):
         """Row i continues what row rows[i] was, which is about the same picture."""
         self.segment = self.segment[rows]
-        self.text = [(k[rows], v[rows]) for k, v in self.text]
+        self.text = {block: (k[rows], v[rows]) for block, (k, v) in self.text.items()}
 
 
 class DecoderBlock(nn.Module):
     """Three residual steps: look back at the text, look at the picture, think. RMSNorm before each, as Gemma."""
 
-    def __init__(self, cfg, layer):
+    def __init__(self, cfg):
         super().__init__()
-        self.layer = layer
         D = cfg.text_dim
         heads = cfg.text_heads, cfg.text_kv_heads, cfg.text_head_dim
         self.norm1 = RMSNorm(D)
@@ -401,7 +397,7 @@ class DecoderBlock(nn.Module):
         k, v = self.attn.keys_values(h, rope)                                     # (B, G, L, d) each
         # Keys are kept as rotated: the position of a word in its command never changes.
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)                                 # (B, G, S, d) each
+            k, v = cache.append(self, k, v)                                 # (B, G, S, d) each
         x = x + self.attn(h, k, v, mask, rope, attn["self"])
         if vision is not None:
             k, v = self.picture_keys(vision, cache)                               # (B, G, P, d) each
@@ -412,9 +408,9 @@ class DecoderBlock(nn.Module):
         """Keys and values of the patches: while generating they are computed once and kept."""
         if cache is None:
             return self.cross.keys_values(vision)
-        if cache.picture[self.layer] is None:
-            cache.picture[self.layer] = self.cross.keys_values(vision)
-        return cache.picture[self.layer]
+        if self not in cache.picture:
+            cache.picture[self] = self.cross.keys_values(vision)
+        return cache.picture[self]
 
 
 class Decoder(nn.Module):
@@ -423,7 +419,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg, vocab_size):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, cfg.text_dim)
-        self.blocks = nn.ModuleList(DecoderBlock(cfg, i) for i in range(cfg.text_layers))
+        self.blocks = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.text_layers))
         self.norm = RMSNorm(cfg.text_dim)
         cos, sin = rope_tables(cfg.max_text, cfg.text_head_dim, cfg.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
@@ -513,25 +509,27 @@ class VLM(nn.Module):
         features["projected"] = self.projection(self.vision(images, features))
         return features
 
-    def forward(self, images, tokens, segment=None, targets=None, return_attn=False, loss_fn=F.cross_entropy):
+    def forward(self, images, tokens, segment=None, targets=None, return_attn=False):
         """images (B, 3, h, w), tokens and segment (B, L): logits (B, L, V), or with targets the loss.
 
         segment: see `row_mask`; without it a row is one command. targets (B, L): IGNORE where there is nothing to
-        learn; loss_fn(logits (M, V), targets (M,)) sees the rest, and these too on a GPU. return_attn: also return
-        {"vision": (layers, B, H, P, P), "self": (layers, B, H, L, L), "cross": (layers, B, H, L, P)}: attention
-        weights, with their gradients.
+        learn. return_attn: also return {"vision": (layers, B, H, P, P), "self": (layers, B, H, L, L), "cross": (layers,
+        B, H, L, P)}: attention weights, with their gradients.
         """
         if segment is None:
             segment = (tokens != PAD).long()
         attn = {"vision": [], "self": [], "cross": []} if return_attn else None
         vision = self.encode(images, attn["vision"] if return_attn else None)
-        result = self.decode(vision, tokens, segment, targets, loss_fn, attn)
+        result = self.decode(vision, tokens, segment, targets, attn=attn)
         if return_attn:
             return result, {name: torch.stack(weights) for name, weights in attn.items()}
         return result
 
     def decode(self, vision, tokens, segment, targets=None, loss_fn=F.cross_entropy, attn=None):
-        """As forward, from projected patches (B, P, D). attn: a dict of lists for the weights of each layer."""
+        """As forward, from projected patches (B, P, D). attn: a dict of lists for the weights of each layer.
+
+        loss_fn(logits (M, V), targets (M,)) sees where something is learned, and on a GPU the rest too.
+        """
         hidden = self.decoder(tokens, segment, vision, attn=attn)                 # (B, L, D)
         if targets is None:
             return self.decoder.logits(hidden)
@@ -566,10 +564,9 @@ class VLM(nn.Module):
 
         A text is the longest command of its row (B, L), at its last word; a picture is the mean of its patches.
         """
-        # The longest says most. A text that saw its picture would match it with any words: so no cross-attention here.
-        numbers = torch.arange(1, segment.shape[1] + 1, device=segment.device)
-        longest = 1 + (segment[:, :, None] == numbers).sum(1).argmax(1)           # (B,)
-        last = (ends(segment) & (segment == longest[:, None])).int().argmax(1)    # (B,)
+        # The longest says most: its last word is the farthest from the first of its command.
+        last = positions(segment).argmax(1)                                       # (B,)
+        # A text that saw its picture would match it with any words: so no cross-attention here.
         text = self.decoder(tokens, segment)[torch.arange(len(last), device=last.device), last]      # (B, D)
         image = F.normalize(vision.mean(1).float(), dim=-1)
         logits = self.contrast["log_scale"].exp() * image @ F.normalize(text.float(), dim=-1).T + self.contrast["bias"]
@@ -611,17 +608,15 @@ class VLM(nn.Module):
         again for each token: slower, to check and measure the cache.
         """
         N, T = prompts.shape
-        if T + max_new_tokens > self.cfg.max_text:
-            raise ValueError(f"{T} prompt tokens and {max_new_tokens} new ones exceed max_text={self.cfg.max_text}")
         was_training = self.training
         self.eval()
         first_row = torch.arange(N, device=prompts.device)[:, None] * beam        # of the beams of a prompt
         text = prompts.repeat_interleave(beam, 0)                                 # (N*beam, T)
         vision = vision.repeat_interleave(beam, 0)                                # (N*beam, P, D)
-        cache = Cache(self.cfg.text_layers) if use_cache else None
+        cache = Cache() if use_cache else None
         # All beams of a prompt but one start impossible: they are equal, and would find the same words.
-        total = torch.full((N, beam), float("-inf"), device=text.device)          # sums of log-probabilities
-        total[:, 0] = 0
+        total = torch.full((N * beam,), float("-inf"), device=text.device)        # sums of log-probabilities
+        total[::beam] = 0
         done = torch.zeros(N * beam, dtype=torch.bool, device=text.device)
         length = torch.zeros(N * beam, device=text.device)
         for step in range(max_new_tokens):
@@ -634,13 +629,13 @@ class VLM(nn.Module):
             score[:, PAD].masked_fill_(done, 0.0)                                 # ... but all that follows the end
             vocab = score.shape[-1]
             length = length + ~done
-            score = (total.view(-1, 1) + score).view(N, -1)                       # (N, beam*V)
+            score = total[:, None] + score
             # By the mean and not the sum, which falls with every word: short texts would win by being short.
-            mean = score / length.view(N, beam).repeat_interleave(vocab, 1)
-            choice = mean.topk(beam, dim=-1).indices                              # (N, beam), best first
-            total = score.gather(1, choice)
+            mean = score / length[:, None]
+            choice = mean.view(N, -1).topk(beam).indices                          # (N, beam), best first
             rows = (first_row + choice // vocab).flatten()                        # the row that each choice continues
             token = (choice % vocab).flatten()
+            total = score[rows, token]
             text = torch.cat((text[rows], token[:, None]), 1)
             length = length[rows]
             done = done[rows] | (token == eos_id)
@@ -659,18 +654,19 @@ def pick_device(cfg):
 
     With cuda:1 the GPU number 1 becomes the one that torch means wherever none is named.
     """
-    found = [name for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if backend.is_available()]
-    found.append("cpu")
-    try:
+    found = ["cpu"]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    if torch.cuda.is_available():
+        found += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    name = cfg.device
+    if name == "auto":
         # On mps some of the operations of the decoder are slow, or missing from older versions of torch.
-        auto = "cuda" if "cuda" in found else "cpu"
-        device = torch.device(auto if cfg.device == "auto" else cfg.device)
-        there = device.type in found and (device.index or 0) < max(torch.cuda.device_count(), 1)
-    except RuntimeError:
-        there = False
-    if not there:
-        raise config.UserError(f"device '{cfg.device}' is not there; found here: {', '.join(found)}")
-    if device.type == "cuda" and device.index:
+        name = "cuda" if "cuda" in found else "cpu"
+    if name not in found:
+        raise config.UserError(f"device '{name}' is not there; found here: {', '.join(found)}")
+    device = torch.device(name)
+    if device.index:
         torch.cuda.set_device(device)
     return device
 
@@ -683,14 +679,13 @@ def pick_dtype(cfg, device):
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "the GPU computes bfloat16"
         return torch.float16, "the GPU has no bfloat16 units: float16 with loss scaling"
-    if device.type == "cpu":
-        flags = Path("/proc/cpuinfo")
-        text = flags.read_text(encoding="utf-8") if flags.exists() else ""
+    flags = Path("/proc/cpuinfo")
+    if device.type == "cpu" and flags.exists():
+        text = flags.read_text(encoding="utf-8")
         for flag in ("amx_bf16", "avx512_bf16"):
             if flag in text:
                 return torch.bfloat16, f"{flag} found"
-        return torch.float32, "the CPU has no fast bfloat16"
-    return torch.float32, "safest on this device"
+    return torch.float32, "no fast bfloat16 found"
 
 
 def autocast(dtype, device):
@@ -698,14 +693,10 @@ def autocast(dtype, device):
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def parameter_stats(model):
-    """({part: (total, trainable)} of each part and "total", MB of weights, gradients and AdamW's state in float32)."""
-    counts = {}
-    for name, part in [*model.named_children(), ("total", model)]:
-        total = sum(p.numel() for p in part.parameters())
-        counts[name] = total, sum(p.numel() for p in part.parameters() if p.requires_grad)
-    total, trainable = (4 * n / 2 ** 20 for n in counts["total"])
-    return counts, {"weights": total, "gradients": trainable, "AdamW state": 2 * trainable}
+def parameter_count(module):
+    """(how many parameters a module has, how many of them learn)."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
 
 
 def forward_flops(model, length):
@@ -750,13 +741,13 @@ def main(cfg):
              (f"{cfg.vision_layers} vision blocks", patches, model.vision.blocks),
              ("projection", f"{P} x {cfg.text_dim}", model.projection),
              ("embedding, also logits", text, model.decoder.embedding),
-             (f"{cfg.text_layers} decoder blocks", text, model.decoder.blocks)]
-    print(f"\none picture, one row of {cfg.row_tokens} tokens\n{'part':<24}{'output':<12}{'parameters':>12}")
+             (f"{cfg.text_layers} decoder blocks", text, model.decoder.blocks),
+             ("all, with norms and positions", "", model)]
+    print(f"\none picture, one row of {cfg.row_tokens} tokens\n{'part':<32}{'output':<12}{'parameters':>12}")
     for name, shape, part in parts:
-        print(f"{name:<24}{shape:<12}{sum(p.numel() for p in part.parameters()):>12,}")
-    counts, memory = parameter_stats(model)
-    print("\nparameters   " + ", ".join(f"{name} {total:,}" for name, (total, _) in counts.items()))
-    print("memory       " + ", ".join(f"{name} {mb:.1f} MB" for name, mb in memory.items()) + ", and activations")
+        print(f"{name:<32}{shape:<12}{parameter_count(part)[0]:>12,}")
+    weights = 4 * parameter_count(model)[0] / 2 ** 20
+    print(f"\nmemory       weights {weights:.1f} MB, as much for gradients, twice as much for AdamW, and activations")
     print(f"FLOPs        {forward_flops(model, cfg.row_tokens) / 1e9:.2f} G per picture, forward")
 
     image = torch.randn(1, 3, *model.vision.size, device=device)

@@ -33,7 +33,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, takewhile
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ import commands
 import config
 import prepare
 from config import UserError
-from model import VLM, WordTagger, as_rows, autocast, parameter_stats, pick_device, pick_dtype
+from model import VLM, WordTagger, as_rows, autocast, parameter_count, pick_device, pick_dtype
 from tokenizer import IGNORE, NO, YES, Tokenizer
 
 FORMAT = 4                    # of checkpoints
@@ -109,11 +109,6 @@ def channels(mean, std, gains=((1, 1),)):
     return torch.from_numpy(contrast / (255 * std)), torch.from_numpy(2 * (light - 1) - contrast * mean / std)
 
 
-def targets_of(ids, prompt):
-    """What each token of a text learns to say next: IGNORE in the prompt, whose last token `?` learns the answer."""
-    return [IGNORE] * (prompt - 1) + ids[prompt:] + [IGNORE]
-
-
 class Data:
     """A set of commands (train, val, test, ood, test_words, test_combos) with its pictures, as memory maps.
 
@@ -141,8 +136,7 @@ class Data:
         ids = self.tokenizer.ids
         self.mirror = np.arange(len(self.tokenizer))                              # what a flip makes of each word
         self.mirror[[ids["left"], ids["right"]]] = ids["right"], ids["left"]
-        self.tag = np.full(len(self.tokenizer), -1)                               # number in TAGS of each word
-        self.tag[[ids[word] for word in TAGS]] = range(len(TAGS))
+        self.tags = np.array([ids[word] for word in TAGS])
         if cfg.crop:                                                              # a crop asks the rules again
             self.frames = prepare.Frames(root / "frames.jsonl")
             self.items = prepare.read_items(root, name)
@@ -157,11 +151,14 @@ class Data:
         tags = np.zeros((4, len(TAGS)), np.float32)
         for row, item in zip(tags, descriptions):
             ids, prompt = self.text(item)
-            named = self.tag[ids[prompt:]]
-            row[named[named >= 0]] = 1
+            row[:] = (ids[prompt:, None] == self.tags).any(0)
         # The description of the whole scene stops after max_describe objects; those of its parts name the others.
         tags[0] = tags.max(0)
         return tags
+
+    def targets_of(self, ids, prompt):
+        """What each token of a text learns to say next: IGNORE in the prompt, whose last token `?` learns the answer."""
+        return [IGNORE] * (prompt - 1) + ids[prompt:] + [IGNORE]
 
     def fitting(self, items):
         """Those of the items, in their order, that fit into one row together: rows of one length waste no work."""
@@ -201,29 +198,29 @@ class Data:
     def batch(self, position, size):
         """The training Batch of `size` pictures from the picture at `position` of all that training shows."""
         n = len(self.pictures)
-        orders = {}                                                               # of each pass over the pictures
-        examples = []
-        for place in range(position, position + size):
-            number, k = divmod(place, n)
-            if number not in orders:
-                orders[number] = np.random.default_rng([self.cfg.seed, number]).permutation(n)
-            examples.append(self.example(place, orders[number][k]))
+        places = range(position, position + size)
+        # Each pass over the pictures has an order of its own.
+        orders = {number: np.random.default_rng([self.cfg.seed, number]).permutation(n)
+                  for number in {place // n for place in places}}
+        examples = [self.example(place, orders[place // n][place % n]) for place in places]
         pictures, texts, tags, gains = zip(*examples)
         # numpy only, since this runs in the prefetching thread: a torch operation there would start a second pool of
         # OpenMP threads, and the two pools together halve the speed of a CPU.
         tokens, segment = as_rows([[ids for ids, _ in own] for own in texts], self.cfg.row_tokens)
         targets = np.full(tokens.shape, IGNORE)
         for row, own in zip(targets, texts):
-            learned = [target for ids, prompt in own for target in targets_of(ids, prompt)]
+            learned = [target for ids, prompt in own for target in self.targets_of(ids, prompt)]
             row[:len(learned)] = learned
         return Batch(torch.from_numpy(np.stack(pictures)), *channels(self.mean, self.std, gains), tokens, segment,
                      torch.from_numpy(targets), torch.from_numpy(np.stack(tags)))
 
-    def micro_batches(self, update, low, high):
-        """The micro-batches of an update; of each, pictures `low` to `high`, which is the share of one process."""
+    def micro_batches(self, update, rank=0, ranks=1):
+        """The micro-batches of an update; of each, the pictures that process number `rank` of `ranks` takes."""
         size = self.cfg.batch_size
-        first = update * self.cfg.grad_accum * size
-        return [self.batch(first + m * size + low, high - low) for m in range(self.cfg.grad_accum)]
+        low = size * rank // ranks
+        high = size * (rank + 1) // ranks
+        first = update * self.cfg.grad_accum * size + low
+        return [self.batch(first + m * size, high - low) for m in range(self.cfg.grad_accum)]
 
     def _crop(self, picture, chosen, rng):
         """A random crop of `picture`, resized back, if the chosen commands keep their answers and texts."""
@@ -469,9 +466,7 @@ def predict(model, data, cfg, dtype, limit=0):
     rank, ranks, _ = processes()
     average_statistics(model)
     rows = np.flatnonzero(data.index[:, 3] >= 0)
-    if not len(rows):
-        return rows, np.zeros(0)
-    groups = np.split(rows, np.flatnonzero(np.diff(data.index[rows, 0])) + 1)     # one a picture
+    groups = [list(group) for _, group in groupby(rows, lambda row: data.index[row, 0])]      # one a picture
     if limit and limit < len(rows):
         count = max(1, round(len(groups) * limit / len(rows)))
         groups = [groups[i] for i in np.linspace(0, len(groups) - 1, count).astype(int)]
@@ -644,6 +639,7 @@ class Run:
 
     def __init__(self, cfg, data, device, make_model=VLM):
         self.cfg = cfg
+        self.out = Path(cfg.out_dir)
         self.data = data
         self.device = device
         self.dtype, self.why = pick_dtype(cfg, device)
@@ -665,23 +661,23 @@ class Run:
         self.top = []                                       # [[accuracy, step]] of the checkpoints that save_top keeps
         self.unlogged = [0.0, 0, 0]                         # sum of losses, updates and commands not logged yet
 
-    def batches(self, first, last, low, high):
-        """The micro-batches of each update in [first, last), made ahead; of each, pictures `low` to `high`."""
+    def batches(self, first, last):
+        """The micro-batches of each update in [first, last), as far as this process takes them, made ahead."""
         # A GPU waits for nothing but batches, and copies pinned ones while it computes. A CPU has no thread to spare.
         cuda = self.device.type == "cuda"
 
         def make(i):
-            micros = self.data.micro_batches(i, low, high)
+            micros = self.data.micro_batches(i, *processes()[:2])
             return [micro.each(torch.Tensor.pin_memory) for micro in micros] if cuda else micros
         return prefetched(make, first, last, self.cfg.prefetch, 4 if cuda else 1)
 
-    def update(self, micros, total, reads, clock):
-        """One update by micro-batches whose learned tokens weigh `total` in all processes.
+    def update(self, micros, reads, clock):
+        """One update by micro-batches, of which each process has its share. reads: see batch_loss.
 
         Returns (loss, gradient norm, done). It is not done, and nothing changes, where loss or norm are not finite.
-        reads: see batch_loss.
         """
         self.model.train()
+        total = summed(torch.tensor(total_weight(micros, self.cfg))).item()
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
         loss = torch.zeros((), device=self.device)
         pairs = sum(int(micro.segment.amax(1).sum()) for micro in micros)         # of a picture and a command
@@ -700,7 +696,7 @@ class Run:
         loss, norm = torch.stack((summed(loss), norm)).tolist()
         # float16 meets infinite gradients by design: its scaler skips the update and halves the scale. Where even a
         # scale of 1 is too much, something else is wrong.
-        skipped = not math.isfinite(norm) and self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        skipped = not math.isfinite(norm) and self.scaler.get_scale() > 1
         done = math.isfinite(loss) and (math.isfinite(norm) or skipped)
         if done:
             if skipped:
@@ -713,15 +709,15 @@ class Run:
         clock.stop("optimizer")
         return loss, norm, done
 
-    def save(self, *paths):
-        """Write a checkpoint; in several processes the first writes, and the others wait until it is written."""
+    def save(self, *names):
+        """Write a checkpoint to these files of out_dir; the first process writes, the others wait until it is written."""
         if is_first():
             save_checkpoint(dict(
                 format=FORMAT, config=vars(self.cfg), words=self.data.tokenizer.words, mean=self.data.mean,
                 std=self.data.std, data_hash=config.data_hash(self.cfg), model=self.model.state_dict(),
                 tagger=self.tagger and self.tagger.state_dict(), optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(), step=self.step,
-                **{name: getattr(self, name) for name in MEMORY}), *paths)
+                **{name: getattr(self, name) for name in MEMORY}), *(self.out / name for name in names))
         summed(torch.zeros(1))
 
     def resume(self, path):
@@ -746,23 +742,23 @@ class Run:
             setattr(self, name, state[name])
         print("; ".join([f"resumed {path} at step {self.step}", *changed.values()]))
 
-    def keep(self, accuracy, out):
+    def keep(self, accuracy):
         """Save last.pt, as best.pt too if this validation is the best so far, and with save_top > 1 as best-STEP.pt."""
-        score = -1.0 if math.isnan(accuracy) else accuracy
-        paths = [out / "last.pt"]
+        score = 0.0 if math.isnan(accuracy) else accuracy
+        names = ["last.pt"]
         self.since_best += 1
-        if score > self.best or self.best < 0:
-            self.best = max(score, 0.0)
+        if score > self.best:
+            self.best = score
             self.since_best = 0
-            paths.insert(0, out / "best.pt")
+            names.insert(0, "best.pt")
         worst = []
         if self.cfg.save_top > 1:
-            paths.append(out / f"best-{self.step}.pt")
+            names.append(f"best-{self.step}.pt")
             top = sorted(self.top + [[score, self.step]], reverse=True)
             self.top, worst = top[:self.cfg.save_top], top[self.cfg.save_top:]
-        self.save(*paths)
+        self.save(*names)
         for _, step in worst:
-            (out / f"best-{step}.pt").unlink(missing_ok=True)
+            (self.out / f"best-{step}.pt").unlink(missing_ok=True)
 
 
 # ---- log.csv, and TensorBoard ----
@@ -798,7 +794,7 @@ class Log:
         cfg = run.cfg
         step = run.step
         first = is_first()
-        path = Path(cfg.out_dir) / "log.csv" if first else Path(os.devnull)
+        path = run.out / "log.csv" if first else Path(os.devnull)
         self.pictures = cfg.batch_size * cfg.grad_accum     # of an update
         self.start = time.time()
         self.since = step                                   # the last step that `log_updates` wrote, or the first
@@ -841,7 +837,7 @@ class Log:
             lines = [f"| {name} | {said[own].sum()} | {(~said[own]).sum()} |"
                      for name, own in (("YES", truth), ("NO", ~truth))]
             self.board.add_text("confusion", "\n".join(["| truth | YES | NO |", "|---|---|---|", *lines]), run.step)
-            picture, asked = attention_pictures(batch, cross, run.data, run.model.vision.grid)
+            picture, asked = attention_pictures(batch, cross, run.data.tokenizer, run.model.vision.grid)
             if asked:
                 self.board.add_image("where it looked", picture, run.step)
                 self.board.add_text("where it looked", "; ".join(asked), run.step)
@@ -852,7 +848,7 @@ class Log:
             self.board.close()
 
 
-def attention_pictures(batch, cross, data, grid):
+def attention_pictures(batch, cross, tokenizer, grid):
     """Pictures side by side (3, h, n*w), each lit where its first question looked for the answer; and these questions.
 
     Pictures without a question are left out. cross (layers, B, H, L, P), of which the mean is taken; a picture's most
@@ -863,13 +859,12 @@ def attention_pictures(batch, cross, data, grid):
     at = answers[rows].int().argmax(-1)                                          # the `?` of that question, (n,)
     maps = cross.mean((0, 2))[rows, at]                                           # (n, P)
     light = (maps / maps.amax(-1, keepdim=True)).view(-1, 1, *grid)
-    light = F.interpolate(light, size=batch.images.shape[-2:])
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
-    pictures = (batch.images[rows] * std + mean).clamp(0, 1) * (0.2 + 0.8 * light)
+    light = F.interpolate(light, size=batch.pictures.shape[1:3])
+    pictures = batch.pictures[rows].permute(0, 3, 1, 2) / 255 * (0.2 + 0.8 * light)
     asked = []
     for row, i in zip(rows.tolist(), at.tolist()):
         own = batch.segment[row, :i + 2] == batch.segment[row, i]
-        asked.append(data.tokenizer.decode(batch.tokens[row, :i + 2][own].tolist()))
+        asked.append(tokenizer.decode(batch.tokens[row, :i + 2][own].tolist()))
     return pictures.permute(1, 2, 0, 3).flatten(2), asked
 
 
@@ -886,14 +881,13 @@ def ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
-def stop_at_bad_batch(run, loss, norm, out):
+def stop_at_bad_batch(run, loss, norm):
     """Keep the batch of an update that was not done, and end with the reason."""
-    cfg = run.cfg
-    path = out / "bad_batch.pt"
+    path = run.out / "bad_batch.pt"
     if is_first():
         save_checkpoint(dict(
-            step=run.step, loss=loss, norm=norm, position=run.step * cfg.grad_accum * cfg.batch_size,
-            micro_batches=[vars(micro) for micro in run.data.micro_batches(run.step, 0, cfg.batch_size)]), path)
+            step=run.step, loss=loss, norm=norm, position=run.step * run.cfg.grad_accum * run.cfg.batch_size,
+            micro_batches=[vars(micro) for micro in run.data.micro_batches(run.step)]), path)
     raise UserError(f"the loss is {loss}, the gradient norm {norm} at step {run.step}: nothing was updated. Lower the "
                     f"learning rates, or try --dtype=float32; {path} holds the batch")
 
@@ -902,8 +896,7 @@ def introduce(run):
     """Print what will be trained, how, and on what; and one text token by token, with what each learns to say next."""
     cfg = run.cfg
     ranks = processes()[1]
-    counts, _ = parameter_stats(run.model)
-    size, learns = counts["total"]
+    size, learns = parameter_count(run.model)
     passes = all_updates(cfg) * cfg.batch_size * cfg.grad_accum / len(run.data.pictures)
     print(f"device {run.device}, dtype {str(run.dtype)[6:]} ({run.why}), {torch.get_num_threads()} threads, "
           + (f"{ranks} processes, " if ranks > 1 else "") + f"torch {torch.__version__}")
@@ -969,33 +962,28 @@ def validate(run, val, log):
 def test(run, meta, start):
     """Scores of best.pt on the test split, printed as `key: value` lines and written to train.json."""
     cfg = run.cfg
-    best = Path(cfg.out_dir) / "best.pt"
+    best = run.out / "best.pt"
     load_weights(run.model, load_checkpoint(best)["model"], best)
     data = Data(cfg, meta, "test")
     items = prepare.read_items(cfg.data_dir, "test")
     rows, odds = predict(run.model, data, cfg, run.dtype)
     truth = data.index[rows, 3] == 1
     family = np.array([items[row]["family"] for row in rows])
-    result = dict(test_accuracy=balanced_accuracy(truth, odds))
-    for name in sorted(set(family)):
-        result[f"test_{name}"] = balanced_accuracy(truth[family == name], odds[family == name])
-    result.update(val_accuracy=run.best, parameters=sum(p.numel() for p in run.model.parameters()), steps=run.step,
-                  seed=cfg.seed, seconds=round(time.time() - start, 1))
+    result = dict(
+        test_accuracy=balanced_accuracy(truth, odds),
+        **{f"test_{name}": balanced_accuracy(truth[family == name], odds[family == name]) for name in np.unique(family)},
+        val_accuracy=run.best,
+        parameters=parameter_count(run.model)[0],
+        steps=run.step,
+        seed=cfg.seed,
+        seconds=round(time.time() - start, 1))
     print("---", *(f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()), sep="\n")
     if is_first():
-        (best.parent / "train.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        (run.out / "train.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     if processes()[1] > 1:
         summed(torch.zeros(1))                              # nobody leaves while another still needs its answer
         dist.destroy_process_group()
     return result
-
-
-def ready_data(cfg):
-    """meta of the data; where there are none, the first process prepares them while the others wait."""
-    if is_first():
-        prepare.ready(cfg)
-    summed(torch.zeros(1))
-    return prepare.load_meta(cfg)
 
 
 def train(cfg, make_model=VLM, make_data=Data):
@@ -1023,8 +1011,10 @@ def learn(cfg, device, make_model, make_data):
     rank, ranks, _ = processes()
     if cfg.batch_size < ranks:
         raise UserError(f"batch_size={cfg.batch_size} pictures cannot be shared by {ranks} processes")
-    out = Path(cfg.out_dir)
-    meta = ready_data(cfg)
+    if is_first():
+        prepare.ready(cfg)
+    summed(torch.zeros(1))                                  # the others wait until the data are prepared
+    meta = prepare.load_meta(cfg)
     torch.manual_seed(cfg.seed)
     data = make_data(cfg, meta, "train")
     val = Data(cfg, meta, "val")
@@ -1032,13 +1022,11 @@ def learn(cfg, device, make_model, make_data):
         raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
     run = Run(cfg, data, device, make_model)
     if cfg.resume:
-        run.resume(cfg.checkpoint or out / "last.pt")
+        run.resume(cfg.checkpoint or run.out / "last.pt")
     introduce(run)
     log = Log(run)
     last, first_read = all_updates(cfg), see_updates(cfg)
-    # Of each micro-batch, the pictures that this process takes.
-    share = cfg.batch_size * rank // ranks, cfg.batch_size * (rank + 1) // ranks
-    batches = run.batches(run.step, last, *share)
+    batches = run.batches(run.step, last)
     clock = Clock(device)
     try:
         with ctrl_c() as stopped:                           # an update is never cut in two
@@ -1050,20 +1038,21 @@ def learn(cfg, device, make_model, make_data):
                     group["lr"] = scale * group["peak"]
                 run.model.freeze("vision", cfg.freeze_pictures < 0 or run.step < updates(cfg, cfg.freeze_pictures))
 
+                # Ctrl-C, in whichever process
+                if summed(torch.tensor(float(stopped.is_set()))):
+                    run.save("last.pt")
+                    print(f"\nstopped at step {run.step}, saved {run.out / 'last.pt'}; to resume add --resume=True to "
+                          "the command")
+                    raise KeyboardInterrupt
+
                 # one update
                 micros = next(batches)
                 clock.stop("data")
-                total, stop = summed(torch.tensor([total_weight(micros, cfg), stopped.is_set()])).tolist()
-                if stop:
-                    run.save(out / "last.pt")
-                    print(f"\nstopped at step {run.step}, saved {out / 'last.pt'}; to resume add --resume=True to the "
-                          "command")
-                    raise KeyboardInterrupt
                 # Dropout is seeded by the place of the update, so that a checkpoint needs to hold no random state.
                 torch.manual_seed(int(np.random.default_rng([cfg.seed, 2, run.step, rank]).integers(2 ** 63)))
-                loss, norm, done = run.update(micros, total, reads, clock)
+                loss, norm, done = run.update(micros, reads, clock)
                 if not done:
-                    stop_at_bad_batch(run, loss, norm, out)
+                    stop_at_bad_batch(run, loss, norm)
 
                 # log
                 ended = run.step in (first_read, last)      # a stage has ended
@@ -1073,9 +1062,9 @@ def learn(cfg, device, make_model, make_data):
                 # validate and save
                 if run.step % updates(cfg, cfg.eval_every) == 0 or ended:
                     if reads:
-                        run.keep(validate(run, val, log), out)
+                        run.keep(validate(run, val, log))
                     else:
-                        run.save(out / "last.pt")
+                        run.save("last.pt")
                     clock.last = time.perf_counter()        # neither is part of an update
                     if cfg.early_stopping and run.since_best >= cfg.early_stopping:
                         print(f"stopping: no better validation in {run.since_best} looks")
