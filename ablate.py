@@ -337,18 +337,13 @@ def same(a, b):
     return all(b.get(name) == value for name, value in a.items() if name not in free)
 
 
-def finished(settings):
-    """The result of a run that was made with these settings, or None."""
-    try:
-        result = json.loads((Path(settings.out_dir) / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if same(vars(settings), result["settings"]) else None
-
-
 def run_one(settings, variant, exam):
-    """Train (or resume) one run and measure it. Returns its result, which is written to its folder."""
+    """Train (or resume) one run and measure it. Returns its result, which its folder holds from then on."""
     folder = made_folder(settings)
+    with contextlib.suppress(OSError, ValueError):          # no result, or half of one
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if same(vars(settings), result["settings"]):
+            return result
     start = time.time()
     with open(folder / "train.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         settings.resume = (folder / "last.pt").exists()
@@ -379,7 +374,7 @@ def ablate(cfg):
     for count, (name, seed) in enumerate(runs, 1):
         try:
             settings = settings_of(cfg, known[name], out / f"{name}-{seed}", seed)
-            result = finished(settings) or run_one(settings, known[name], exam)
+            result = run_one(settings, known[name], exam)
             results[name][seed] = result["measures"]
             outcome = f"accuracy {text_of(dict(value=result['measures']['accuracy']))}, {result['seconds']:.0f} s"
         except Exception as error:

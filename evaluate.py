@@ -423,8 +423,7 @@ class Questions:
 
         chosen (m,): which questions; all by default. shown: number of a picture -> pixels to show instead of its own.
         """
-        if shown is None:
-            shown = self.data.images.__getitem__
+        shown = shown or self.data.images.__getitem__
         chosen = range(len(self.rows)) if chosen is None else chosen
         # Neighbours only, so that the answers come in the order of the questions.
         for picture, group in itertools.groupby(chosen, key=lambda i: self.picture[i]):
@@ -490,19 +489,19 @@ class Questions:
 
 def classification(truth, said):
     """Confusion matrix, accuracy, and precision, recall and F1 of both answers, in %. truth, said: bool (n,)."""
-    confusion, scores = {}, {}
-    for answer, wanted, given in (("yes", truth, said), ("no", ~truth, ~said)):
-        confusion[f"{answer}_said_yes"] = (wanted & said).sum()
-        confusion[f"{answer}_said_no"] = (wanted & ~said).sum()
-        right = (wanted & given).sum()
+    yes, yes_right, no, no_wrong = (column.sum() for column in yes_no(truth, said))
+    yes_wrong, no_right = yes - yes_right, no - no_wrong
+    scores = {}
+    for answer, right, wanted, given in (("yes", yes_right, yes, yes_right + no_wrong),
+                                         ("no", no_right, no, no_right + yes_wrong)):
         # An answer that is never given, or never wanted, scores 0.
         scores[answer] = dict(
-            precision=100 * right / max(given.sum(), 1),
-            recall=100 * right / max(wanted.sum(), 1),
-            f1=200 * right / max(given.sum() + wanted.sum(), 1))
+            precision=100 * right / max(given, 1),
+            recall=100 * right / max(wanted, 1),
+            f1=200 * right / max(given + wanted, 1))
     return dict(
-        confusion=confusion,
-        accuracy=100 * (truth == said).sum() / len(truth),
+        confusion=dict(yes_said_yes=yes_right, yes_said_no=yes_wrong, no_said_yes=no_wrong, no_said_no=no_right),
+        accuracy=100 * (yes_right + no_right) / len(truth),
         **scores,
         macro_f1=(scores["yes"]["f1"] + scores["no"]["f1"]) / 2)
 
@@ -682,23 +681,22 @@ def reasons(subject, asked, count):
     """
     chosen = asked.sample(count, 1)
     said = subject.say(asked.jobs(chosen))
-    answers = [answer for answer, _ in said]
-    texts = [text for _, text in said]
-    pairs = [(text, asked.items[i]["reason"]) for text, i in zip(texts, chosen)]
-    checked = [commands.check_reason(text, asked.view(i)) for text, i in zip(texts, chosen)]
-    truth = np.array([-1 if value is None else value for value in checked])
+    pairs = [(text, asked.items[i]["reason"]) for (_, text), i in zip(said, chosen)]
+    # FALSE, UNSURE, TRUE, or None.
+    truth = np.array([commands.check_reason(text, asked.view(i)) for (_, text), i in zip(said, chosen)], object)
     found = asked.means(
         chosen,
         exact=[text == written for text, written in pairs],
         rouge_l=[rouge_l(text, written) for text, written in pairs],
         true=truth == TRUE,
         false=truth == FALSE,
-        not_in_grammar=truth == -1)
-    found["bleu4"] = dict(n=len(texts), value=bleu4(pairs))
+        not_in_grammar=[value is None for value in truth])
+    found["bleu4"] = dict(n=len(pairs), value=bleu4(pairs))
     # Descriptions have no verdict to be right about.
     if all(item["answer"] is None for item in asked.items):
         return found
     # None, no verdict at all, counts as wrong.
+    answers = [answer for answer, _ in said]
     right = np.array(answers) == asked.truth[chosen]
     return dict(
         found,
@@ -792,9 +790,10 @@ def looks(subject, asked, chosen, model=None):
         words = [subject.tokenizer.words[t] for t in asked.prompts[i]]
         for category in dict.fromkeys(question.objects):
             things = asked.view(i).certain(category)
-            places = [t for t, word in enumerate(words) if word in NAMED[category]]
-            if things and places:
-                at_words.append((i, category, maps[:, :, places[0]].copy(), asked.cover(i, things, subject.grid)))
+            # Each kind is named once in a question.
+            place, = (t for t, word in enumerate(words) if word in NAMED[category])
+            if things:
+                at_words.append((i, category, maps[:, :, place].copy(), asked.cover(i, things, subject.grid)))
         things = question.evidence(asked.view(i)) if asked.truth[i] and question.objects else []
         if things:
             at_answers.append((i, question.objects[0], at_end, asked.cover(i, things, subject.grid)))
@@ -1009,10 +1008,8 @@ def head_ablation(subject, asked):
             # H = groups of keys and values times the queries that share each.
             for head in range(module.kv_heads * module.shared):
                 with without_head(module, head):
-                    odds = asked.odds(subject)
-                drop = asked.lead(whole, asked, odds)
-                _, _, p = mcnemar((whole > 0) == asked.truth, (odds > 0) == asked.truth)
-                found.append(dict(kind=kind, layer=layer, head=head, drop=drop, p_holm=p))
+                    lost = compare(asked, whole, asked.odds(subject))
+                found.append(dict(kind=kind, layer=layer, head=head, drop=lost["difference"], p_holm=lost["mcnemar_p"]))
     for entry, adjusted in zip(found, holm([entry["p_holm"] for entry in found])):
         entry["p_holm"] = adjusted
     return found
@@ -1134,7 +1131,7 @@ def parts(question, view):
         found = [simplest(question.objects[0])]
     elif question.other:
         found = [simplest(question.category), simplest(question.other)]
-    elif template in ("straight", "stop", "turn", "change"):
+    elif question.family == "safety":
         found = [Question("clear", place) for place in question.ways()]
         if question.obeys_light():
             found += [Question("light", colour) for colour in commands.COLOURS]
@@ -1198,8 +1195,8 @@ def failures(subject, asked, odds):
             paraphrases=count,
             missed_parts=[" ".join(filter(None, q)) for q in missed],
             suspected_label_error=bool(max(p, 1 - p) > 0.95 and not again.any())))
-    kinds = ("type", "error", "low_confidence", "suspected_label_error")
-    counts = {kind: Counter(str(r[kind]) for r in records) for kind in kinds}
+    counts = {kind: Counter(str(r[kind]) for r in records)
+              for kind in ("type", "error", "low_confidence", "suspected_label_error")}
     counts["type_by_family"] = {name: Counter(r["type"] for r in records if r["family"] == name) for name in FAMILIES}
     return records, counts
 
@@ -1254,11 +1251,10 @@ def command_pairs(asked, odds):
     return dict(templates=names, n=n.tolist(), same=share, expected=100 * expected)
 
 
-# ---- two checkpoints ----
+# ---- two models ----
 
-def compare(other, asked, odds):
-    """Paired comparison of log-odds (n,) with another Subject: McNemar's test, and the bootstrap of the difference."""
-    theirs = asked.odds(other)
+def compare(asked, odds, theirs):
+    """Paired comparison of the log-odds (n,) of two models: McNemar's test, and the bootstrap of the difference."""
     only_this, only_other, p = mcnemar((odds > 0) == asked.truth, (theirs > 0) == asked.truth)
     return dict(
         other=asked.accuracy(theirs),
@@ -1464,7 +1460,7 @@ def evaluate(cfg, blind_steps=300):
         command_pairs=command_pairs(asked, odds))
     if other:
         stage("the other checkpoint")
-        page["against"] = compare(other, asked, odds)
+        page["against"] = compare(asked, odds, asked.odds(other))
 
     page = rounded(page)
     print_page(page, records)

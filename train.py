@@ -33,6 +33,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 
@@ -81,6 +82,10 @@ class Batch:
     def images(self):
         """The pictures as the model wants them, (B, 3, h, w) float32, made where they lie: to a GPU go bytes."""
         return normalise(self.pictures, self.scale, self.shift)
+
+    def inputs(self, device):
+        """What the model is given there: images, tokens and segment."""
+        return [tensor.to(device) for tensor in (self.images, self.tokens, self.segment)]
 
     def each(self, change):
         """A Batch of what change(tensor) makes of each tensor."""
@@ -131,8 +136,8 @@ class Data:
         self.tokenizer = Tokenizer(json.loads((root / "vocab.json").read_text(encoding="utf-8")))
         self.mean = meta["mean"]
         self.std = meta["std"]
-        self.pictures, self.starts = np.unique(self.index[:, 0], return_index=True)
-        self.ends = np.append(self.starts[1:], len(self.index))
+        self.pictures, starts = np.unique(self.index[:, 0], return_index=True)
+        self.bounds = np.append(starts, len(self.index))                          # of the commands of each picture
         ids = self.tokenizer.ids
         self.mirror = np.arange(len(self.tokenizer))                              # what a flip makes of each word
         self.mirror[[ids["left"], ids["right"]]] = ids["right"], ids["left"]
@@ -157,7 +162,7 @@ class Data:
         return tags
 
     def targets_of(self, ids, prompt):
-        """What each token of a text learns to say next: IGNORE in the prompt, whose last token `?` learns the answer."""
+        """What each token of a text learns to say next: IGNORE in the prompt, but the last, `?`, learns the answer."""
         return [IGNORE] * (prompt - 1) + ids[prompt:] + [IGNORE]
 
     def fitting(self, items):
@@ -179,7 +184,7 @@ class Data:
         cfg = self.cfg
         rng = np.random.default_rng([cfg.seed, 1, position])
         picture = self.images[self.pictures[k]]
-        items = np.arange(self.starts[k], self.ends[k])
+        items = np.arange(*self.bounds[k:k + 2])
         descriptions = items[self.index[items, 3] < 0]
         described = rng.permutation(descriptions)[:cfg.descriptions_per_image]
         questions = rng.permutation(items[self.index[items, 3] >= 0])
@@ -710,7 +715,7 @@ class Run:
         return loss, norm, done
 
     def save(self, *names):
-        """Write a checkpoint to these files of out_dir; the first process writes, the others wait until it is written."""
+        """Write a checkpoint to these files of out_dir: the first process does, and the others wait for it."""
         if is_first():
             save_checkpoint(dict(
                 format=FORMAT, config=vars(self.cfg), words=self.data.tokenizer.words, mean=self.data.mean,
@@ -811,12 +816,10 @@ class Log:
             except ImportError:
                 raise UserError("--tensorboard=True needs the tensorboard package: pip install tensorboard") from None
             self.board = SummaryWriter(cfg.out_dir)
-            batch = run.data.batch(0, 1)
-            inputs = [tensor.to(run.device) for tensor in (batch.images, batch.tokens, batch.segment)]
             with warnings.catch_warnings():
                 # The graph shows what is computed for these inputs; an `if` may go the other way for others.
                 warnings.simplefilter("ignore")
-                self.board.add_graph(run.model, inputs)
+                self.board.add_graph(run.model, run.data.batch(0, 1).inputs(run.device))
 
     def row(self, step, **numbers):
         """One line of log.csv: what was measured at `step`; the other columns stay empty."""
@@ -947,8 +950,7 @@ def validate(run, val, log):
     loss = float(np.logaddexp(0, np.where(truth, -odds, odds)).mean())
     batch = run.data.batch(0, min(8, cfg.batch_size))
     with torch.no_grad():
-        _, attn = run.model(batch.images.to(run.device), batch.tokens.to(run.device), batch.segment.to(run.device),
-                            return_attn=True)
+        _, attn = run.model(*batch.inputs(run.device), return_attn=True)
     cross = attn["cross"].cpu()
     entropy = attention_entropy(cross, batch.segment > 0).item()
     print(f"--- step {run.step}: val balanced accuracy {100 * accuracy:.2f}%, answer loss {loss:.4f} "
@@ -971,7 +973,8 @@ def test(run, meta, start):
     family = np.array([items[row]["family"] for row in rows])
     result = dict(
         test_accuracy=balanced_accuracy(truth, odds),
-        **{f"test_{name}": balanced_accuracy(truth[family == name], odds[family == name]) for name in np.unique(family)},
+        **{f"test_{name}": balanced_accuracy(truth[family == name], odds[family == name])
+           for name in np.unique(family)},
         val_accuracy=run.best,
         parameters=parameter_count(run.model)[0],
         steps=run.step,
@@ -1024,54 +1027,49 @@ def learn(cfg, device, make_model, make_data):
     if cfg.resume:
         run.resume(cfg.checkpoint or run.out / "last.pt")
     introduce(run)
-    log = Log(run)
     last, first_read = all_updates(cfg), see_updates(cfg)
-    batches = run.batches(run.step, last)
-    clock = Clock(device)
-    try:
-        with ctrl_c() as stopped:                           # an update is never cut in two
-            while run.step < last:
-                # learning rates, and which parts learn
-                reads = run.step >= first_read
-                scale = lr_scale(run.step, cfg)
-                for group in run.optimizer.param_groups:
-                    group["lr"] = scale * group["peak"]
-                run.model.freeze("vision", cfg.freeze_pictures < 0 or run.step < updates(cfg, cfg.freeze_pictures))
+    # With ctrl_c an update is never cut in two.
+    with closing(Log(run)) as log, closing(run.batches(run.step, last)) as batches, ctrl_c() as stopped:
+        clock = Clock(device)
+        while run.step < last:
+            # learning rates, and which parts learn
+            reads = run.step >= first_read
+            scale = lr_scale(run.step, cfg)
+            for group in run.optimizer.param_groups:
+                group["lr"] = scale * group["peak"]
+            run.model.freeze("vision", cfg.freeze_pictures < 0 or run.step < updates(cfg, cfg.freeze_pictures))
 
-                # Ctrl-C, in whichever process
-                if summed(torch.tensor(float(stopped.is_set()))):
+            # Ctrl-C, in whichever process
+            if summed(torch.tensor(float(stopped.is_set()))):
+                run.save("last.pt")
+                print(f"\nstopped at step {run.step}, saved {run.out / 'last.pt'}; to resume add --resume=True to "
+                      "the command")
+                raise KeyboardInterrupt
+
+            # one update
+            micros = next(batches)
+            clock.stop("data")
+            # Dropout is seeded by the place of the update, so that a checkpoint needs to hold no random state.
+            torch.manual_seed(int(np.random.default_rng([cfg.seed, 2, run.step, rank]).integers(2 ** 63)))
+            loss, norm, done = run.update(micros, reads, clock)
+            if not done:
+                stop_at_bad_batch(run, loss, norm)
+
+            # log
+            ended = run.step in (first_read, last)          # a stage has ended
+            if run.step % updates(cfg, cfg.log_every) == 0 or ended:
+                log_updates(run, log, clock, scale, reads, norm)
+
+            # validate and save
+            if run.step % updates(cfg, cfg.eval_every) == 0 or ended:
+                if reads:
+                    run.keep(validate(run, val, log))
+                else:
                     run.save("last.pt")
-                    print(f"\nstopped at step {run.step}, saved {run.out / 'last.pt'}; to resume add --resume=True to "
-                          "the command")
-                    raise KeyboardInterrupt
-
-                # one update
-                micros = next(batches)
-                clock.stop("data")
-                # Dropout is seeded by the place of the update, so that a checkpoint needs to hold no random state.
-                torch.manual_seed(int(np.random.default_rng([cfg.seed, 2, run.step, rank]).integers(2 ** 63)))
-                loss, norm, done = run.update(micros, reads, clock)
-                if not done:
-                    stop_at_bad_batch(run, loss, norm)
-
-                # log
-                ended = run.step in (first_read, last)      # a stage has ended
-                if run.step % updates(cfg, cfg.log_every) == 0 or ended:
-                    log_updates(run, log, clock, scale, reads, norm)
-
-                # validate and save
-                if run.step % updates(cfg, cfg.eval_every) == 0 or ended:
-                    if reads:
-                        run.keep(validate(run, val, log))
-                    else:
-                        run.save("last.pt")
-                    clock.last = time.perf_counter()        # neither is part of an update
-                    if cfg.early_stopping and run.since_best >= cfg.early_stopping:
-                        print(f"stopping: no better validation in {run.since_best} looks")
-                        break
-    finally:
-        batches.close()
-        log.close()
+                clock.last = time.perf_counter()            # neither is part of an update
+                if cfg.early_stopping and run.since_best >= cfg.early_stopping:
+                    print(f"stopping: no better validation in {run.since_best} looks")
+                    break
     return test(run, meta, start)
 
 
