@@ -224,6 +224,12 @@ class View:
 
 # ---- words for reasons ----
 
+def tidy(text):
+    """Words joined by spaces, as people write them: no space before a mark."""
+    return re.sub(" (?=[,:?.!])", "", text)
+
+
+
 AT = {"left": "on the left", "ahead": "ahead", "right": "on the right"}
 
 
@@ -764,7 +770,7 @@ def main(cfg):
             text = (f"scene: {describe(view, 9)}\n"
                     f"  {item['family']:<12}{item['template']:<11}{item['command']}?\n"
                     f"{'':<25}[{verdict}] {item['reason']}\n")
-            print(re.sub(" ([,:])", r"\1", text))
+            print(tidy(text))
     print(f"vocabulary: {len(vocabulary())} words and 6 special tokens; {len(QUESTIONS)} questions")
 
 

@@ -28,6 +28,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import threading
 import time
 import zlib
@@ -41,7 +42,7 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageOps,
 
 import commands
 import config
-from commands import EDGES, QUESTIONS, UNSURE, View, corners
+from commands import EDGES, QUESTIONS, UNSURE, Question, View, corners
 from config import UserError
 from tokenizer import Tokenizer
 
@@ -1748,37 +1749,58 @@ def print_report(meta, cfg):
             print(f"{what}, {kind}: {count}")
 
 
+def draw_bars(axis, counts, **look):
+    """The 15 largest numbers in `counts`, {name: number}, as level bars, sorted."""
+    shown = dict(Counter(counts).most_common(15)[::-1])
+    axis.barh(list(shown), shown.values(), **look)
+
+
 def draw_report(meta, cfg):
-    """data_dir/report.png: commands and their balance, complexity, object counts, and six example commands."""
+    """data_dir/report.png: what is asked, what is labelled, how large and where, and six examples."""
     # Imported here, because the processes that draw or decode do not need it.
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     root = Path(cfg.data_dir)
-    train = meta["report"]["train"]
     frames = Frames(root / "frames.jsonl")
     items = Frames(root / "commands_train.jsonl")
     images = stored_images(cfg, meta)
-    bars = {
-        "training commands (orange: answer YES)": train["templates"],
-        "pictures by number of objects seen": Counter(frame["complexity"] for frame in frames),
-        "labelled objects": Counter(label["category"] for frame in frames for label in frame["labels"])}
-    figure = Figure((14, 13), layout="constrained")
-    axes = figure.subplots(3, 3)
-    for axis, (title, counts) in zip(axes[0], bars.items()):
-        axis.barh(list(counts), list(counts.values()))
+    figure = Figure((10, 9), layout="constrained")
+    upper, lower = figure.subfigures(2)
+    axes = upper.subplots(2, 3).ravel()
+    asked, worded, labelled, seen, high, where = axes
+    # The bars of YES are drawn over those of all commands.
+    for name, colour, answer in (("templates", "silver", "answer NO, or a description"),
+                                 ("yes_templates", "tab:blue", "answer YES")):
+        counts = {re.sub(r"{\w+}", "...", Question(template).forms()[0]): count
+                  for template, count in meta["report"]["train"][name].items()}
+        draw_bars(asked, counts, color=colour, label=answer)
+    asked.legend()
+    draw_bars(worded, Counter(word for item in items for word in commands.only_words(item["command"]).split()))
+    draw_bars(labelled, Counter(label["category"] for frame in frames for label in frame["labels"]))
+    pictures = Counter(frame["complexity"] for frame in frames)
+    seen.bar(list(pictures), pictures.values())
+    edges = np.fromiter((edge for frame in frames for label in frame["labels"] for edge in corners(label)), float)
+    x1, y1, x2, y2 = 100 * (edges.reshape(-1, 4) / (2 * size_of(cfg))).T
+    percents = np.linspace(0, 100, 26)
+    high.hist(y2 - y1, percents)
+    upper.colorbar(where.hist2d((x1 + x2) / 2, y2, percents, cmap="Blues")[3])
+    where.invert_yaxis()
+    for axis, title in zip(axes, (
+            "training commands", "most frequent words in them", "boxes by object", "pictures by number of objects seen",
+            "boxes by height in % of the picture's", "boxes by the middle of their lower edge in %")):
         axis.set_title(title)
-    axes[0, 0].barh(list(train["yes_templates"]), list(train["yes_templates"].values()))
     # Commands from all parts of the training set.
-    for axis, i in zip(axes[1:].flat, range(0, len(items), len(items) // 6 + 1)):
+    for axis, i in zip(lower.subplots(2, 3).flat, range(0, len(items), len(items) // 6 + 1)):
         item = items[i]
         axis.imshow(images[item["picture"]], interpolation="nearest")
         for label in frames[item["picture"]]["labels"]:
-            x1, y1, x2, y2 = label["box2d"].values()
+            x1, y1, x2, y2 = corners(label)
             axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color="magenta"))
         verdict = {True: "YES: ", False: "NO: "}.get(item["answer"], "")
-        axis.set_title(f"{item['command']}?\n{verdict}{item['reason']}", fontsize=8)
+        said = commands.tidy(f"{item['command']}?\n{verdict}{item['reason']}")
+        axis.set_title("\n".join(textwrap.fill(line, 52) for line in said.splitlines()))
         axis.axis("off")
-    figure.savefig(root / "report.png", dpi=110)
+    figure.savefig(root / "report.png", dpi=150)
 
 
 def make(cfg):
@@ -1786,7 +1808,10 @@ def make(cfg):
     import matplotlib.style
     meta = prepare(cfg)
     print_report(meta, cfg)
-    with matplotlib.style.context("default"):       # whatever a matplotlibrc of the user says
+    # From matplotlib's own style, whatever a matplotlibrc of the user says
+    plain = {"font.size": 7, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+             "legend.frameon": False}
+    with matplotlib.style.context(["default", plain]):
         draw_report(meta, cfg)
     print(f"report: {Path(cfg.data_dir) / 'report.png'}")
 
