@@ -98,13 +98,14 @@ CLOTHES = colours("#18181c #282a32 #1e2846 #5a5c60 #3c322c #969696 #c8c8c8 #9628
 # Few heads are dark, or seen from behind.
 HEADS = 9 * commands.COLOURS + ("none", "back")
 SKINS = colours("#f4ceb2 #d6a078 #966446 #5c3c2c")
+PAVING, VERGE, LAWN = colours("#96928c #708054 #68884c")
 Scenery = namedtuple("Scenery", "ours oncoming parking ground houses heights")
 # ours, oncoming: how many lanes; parking: width of the row of parked cars on each side, in metres; ground: its colour;
 # houses: how often a plot has one; heights: range of theirs in metres
 SCENERY = {
-    "city street": Scenery((2, 3), (0, 1, 2), 2.3, (150, 146, 140), 0.9, (6, 30)),
-    "highway": Scenery((3, 4), (0,), 0.0, (112, 128, 84), 0.12, (4, 9)),
-    "residential": Scenery((1,), (1,), 2.3, (104, 136, 76), 0.6, (4, 8)),
+    "city street": Scenery((2, 3), (0, 1, 2), 2.3, PAVING, 0.9, (6, 30)),
+    "highway": Scenery((3, 4), (0,), 0.0, VERGE, 0.12, (4, 9)),
+    "residential": Scenery((1,), (1,), 2.3, LAWN, 0.6, (4, 8)),
 }
 LANE = 3.4             # width of a lane in metres
 ASPECT = 16 / 9        # a dashcam's frame is so much wider than high
@@ -164,7 +165,7 @@ def sample_scene(name, cfg):
     colour = rng.choice(commands.COLOURS)
     for kind, about in KINDS.items():
         # Up to two of a kind: two tries, the second with less chance.
-        copies = int(rng.random() < about.chance) + int(rng.random() < about.chance * 0.3)
+        copies = (rng.random() < about.chance) + (rng.random() < about.chance * 0.3)
         for _ in range(copies):
             o = sample_object(rng, spec, kind, cfg)
             if o is None:
@@ -463,25 +464,30 @@ class Brush:
 
 
 FULL_LIGHT = (1.0, 1.0, 1.0)
-AIR = (206, 212, 218)
+AIR, DUSK_AIR, NIGHT_AIR = colours("#ced4da #de9668 #262632")
 # What each hour leaves of red, green and blue, and the colour of a clear sky at the horizon.
 HOURS = {
     "daytime": (FULL_LIGHT, AIR),
-    "dawn/dusk": ((0.62, 0.52, 0.54), (222, 150, 104)),
-    "night": ((0.24, 0.25, 0.33), (38, 38, 50)),
+    "dawn/dusk": ((0.62, 0.52, 0.54), DUSK_AIR),
+    "night": ((0.24, 0.25, 0.33), NIGHT_AIR),
 }
 # How fast things vanish with distance, for each metre.
 HAZE = {"clear": 0.002, "overcast": 0.004, "rainy": 0.015, "foggy": 0.07, "snowy": 0.02}
 DARK, GLASS, TYRE, METAL, WHITE = colours("#18181c #262e38 #161618 #787a7e #f4f4f0")
 RED_LAMP, WHITE_LAMP, SIGN_RED = colours("#eb281e #fffad6 #d01c24")
 WALLS = colours("#b08c74 #a0a0a6 #c4b8a0 #826054 #cecec8 #6e7886")
-WINDOW, LIT_WINDOW, SNOW = colours("#465668 #face78 #e8eaee")
-ROUTE = (255, 176, 40)         # the sign of a bus that shows its route
+# ROUTE: the sign of a bus that shows its route
+WINDOW, LIT_WINDOW, ROUTE = colours("#465668 #face78 #ffb028")
+PAINT, YELLOW, KERB, PAVEMENT = colours("#e8e8e4 #e6be3c #8a8682 #aaa6a0")
+SNOW, SHADOW, TRUNK, SIGN_YELLOW = colours("#e8eaee #3a3a3e #5c4632 #f6be1e")
+HOUSING, BACK, UNLIT = colours("#0e0e10 #424446 #302e2e")        # of a traffic light
 LAMPS = dict(zip(commands.COLOURS, colours("#ff241e #ffc814 #1eeb6e")))
 SHINING = {RED_LAMP, WHITE_LAMP, LIT_WINDOW, ROUTE, *LAMPS.values()}
 SKIES = {"clear": colours("#3c78cd #609ce2 #78aae6 #becede"), "overcast": colours("#b0b4ba"),
          "rainy": colours("#787e86"), "foggy": [AIR], "snowy": colours("#bec2c8")}
 CROWNS = colours("#346a30 #4c8036 #285638")
+HAIRS = colours("#281c14 #5a3c1e #b4965a #141414")
+ASPHALTS = colours("#5c5c60 #6c6a68 #4e5056")
 
 # Each draw function gets a Brush that is within the object's box, the object, and the object's own generator. Nothing
 # is drawn that would be smaller than a pixel at 128 x 128 for most objects.
@@ -585,7 +591,7 @@ def draw_pedestrian(b, o, rng):
         b.line([(0.5 + side * 0.26, 0.22), (0.5 + side * (0.45 - step / 2), 0.50)], shirt, 0.055, 0.85)
     b.trapezoid((0.24, 0.76, 0.20), (0.30, 0.70, 0.56), shirt)
     b.oval(0.31, 0, 0.69, 0.18, skin)
-    b.oval(0.31, 0, 0.69, 0.10, rng.choice(((40, 28, 20), (90, 60, 30), (180, 150, 90), (20, 20, 20))))
+    b.oval(0.31, 0, 0.69, 0.10, rng.choice(HAIRS))
 
 
 def draw_bicycle(b, o, rng):
@@ -658,13 +664,13 @@ def draw_rider(b, o, rng):
 
 
 def draw_light(b, o, rng):
-    b.rect(0, 0, 1, 1, (14, 14, 16))
+    b.rect(0, 0, 1, 1, HOUSING)
     if o["colour"] == "back":
-        b.rect(0.12, 0.05, 0.88, 0.95, (66, 68, 70))
+        b.rect(0.12, 0.05, 0.88, 0.95, BACK)
         return
     for i, (colour, lit) in enumerate(LAMPS.items()):
         top = 0.04 + 0.32 * i
-        b.oval(0.16, top, 0.84, top + 0.28, lit if o["colour"] == colour else (48, 46, 46))
+        b.oval(0.16, top, 0.84, top + 0.28, lit if o["colour"] == colour else UNLIT)
 
 
 def draw_sign(b, o, rng):
@@ -676,7 +682,7 @@ def draw_sign(b, o, rng):
         b.trapezoid((0.5, 0.5, 0), (0, 1, 1), SIGN_RED)
         b.trapezoid((0.5, 0.5, 0.28), (0.20, 0.80, 0.88), WHITE)
     else:
-        b.poly([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)], (246, 190, 30))
+        b.poly([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)], SIGN_YELLOW)
 
 
 DRAW = {"car": draw_car, "truck": draw_truck, "bus": draw_bus, "pedestrian": draw_pedestrian, "bicycle": draw_bicycle,
@@ -728,17 +734,16 @@ def draw_background(b, spec, rng):
 
 def draw_road(b, spec, rng):
     highway = spec["scene"] == "highway"
-    asphalt = rng.choice(((92, 92, 96), (108, 106, 104), (78, 80, 86)))
+    asphalt = rng.choice(ASPHALTS)
     if spec["weather"] == "snowy":
         asphalt = tuple(0.5 * c + 100 for c in asphalt)
     elif spec["weather"] == "rainy":
         asphalt = tuple(0.6 * c for c in asphalt)
-    paint = (232, 232, 228)
     left, yellow, right = spec["left"], spec["yellow"], spec["right"]
     parking = SCENERY[spec["scene"]].parking
     # The road covers the middle of this strip; what is left of it are the pavements.
     if not highway:
-        b.ground(left - 3, right + 3, 2, 120, SNOW if spec["weather"] == "snowy" else (170, 166, 160))
+        b.ground(left - 3, right + 3, 2, 120, SNOW if spec["weather"] == "snowy" else PAVEMENT)
     if spec["junction"]:
         b.ground(-150, 150, spec["junction"], spec["junction"] + 7, asphalt)
     b.ground(left, right, 2, 200, asphalt)
@@ -747,16 +752,16 @@ def draw_road(b, spec, rng):
         for reach, shade in ((30, 1.2), (24, 1.4), (18, 1.6), (13, 1.8)):
             b.poly([project(spec, x, 0, z) for x, z in ((-3, 3), (3, 3), (4, reach), (-4, reach))], asphalt, shade)
     for edge in (left, right):
-        b.ground(edge - 0.12, edge + 0.12, 2, 120, paint if highway else (138, 134, 130))
-    b.ground(yellow - 0.1, yellow + 0.1, 2, 120, (230, 190, 60))
+        b.ground(edge - 0.12, edge + 0.12, 2, 120, PAINT if highway else KERB)
+    b.ground(yellow - 0.1, yellow + 0.1, 2, 120, YELLOW)
     for low, high in ((left + parking, yellow), (yellow, right - parking)):
         for x in lane_middles(low, high)[1:]:
             for z in range(3, 28, 5):
-                b.ground(x - LANE / 2 - 0.08, x - LANE / 2 + 0.08, z, z + 2.2, paint)
+                b.ground(x - LANE / 2 - 0.08, x - LANE / 2 + 0.08, z, z + 2.2, PAINT)
     if spec["crosswalk"]:
         for k in range(int((right - left) / 1.2)):
             x = left + 1.2 * k + 0.3
-            b.ground(x, x + 0.6, spec["crosswalk"], spec["crosswalk"] + 2.5, paint)
+            b.ground(x, x + 0.6, spec["crosswalk"], spec["crosswalk"] + 2.5, PAINT)
 
 
 def draw_flank(b, spec, o):
@@ -807,7 +812,7 @@ def draw_tree(b, spec, rng, x, z):
     metre = spec["focal"] / z                                    # in shares of the picture, as the next
     up = spec["focal_y"] / z
     crown = SNOW if spec["weather"] == "snowy" else rng.choice(CROWNS)
-    b.rect(u - 0.15 * metre, v - 3 * up, u + 0.15 * metre, v, (92, 70, 50))
+    b.rect(u - 0.15 * metre, v - 3 * up, u + 0.15 * metre, v, TRUNK)
     for _ in range(3):
         middle = u + rng.uniform(-1.2, 1.2) * metre
         height = v - rng.uniform(2.6, 6) * up
@@ -855,7 +860,7 @@ def draw_scene(spec, size):
             flat = 0.10 * width + 0.01
             left = x1 + min(lean, 0) + 0.05 * width
             right = x2 + max(lean, 0) - 0.05 * width
-            b.oval(left, y2 - flat, right, y2 + flat, (58, 58, 62))
+            b.oval(left, y2 - flat, right, y2 + flat, SHADOW)
         if o["d"]:
             draw_flank(b, spec, o)
         b.within(box, o["z"])
