@@ -44,10 +44,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of the words of `text`, without special tokens around them; an unknown word is [UNK]."""
-        return self._ids_of(split_words(text))
-
-    def _ids_of(self, words):
-        return [self.ids.get(word, UNK) for word in words]
+        return [self.ids.get(word, UNK) for word in split_words(text)]
 
     def decode(self, ids):
         """Text of `ids` up to [EOS], without [PAD], [SOS] and [EOS]."""
@@ -61,10 +58,7 @@ class Tokenizer:
 
     def prompt(self, command):
         """Ids of `[SOS] command ?`. The one `?` replaces all punctuation at the end of the command."""
-        words = split_words(command)
-        while words and not words[-1][0].isalnum():
-            words.pop()
-        return [SOS] + self._ids_of([*words, PROMPT_END])
+        return [SOS] + self.encode(re.sub(r"[\W_]+$", "", command) + PROMPT_END)
 
     def encode_text(self, command, answer, reason):
         """(ids of a whole text, length of its prompt). answer: True, False, or None for a description."""
