@@ -346,18 +346,22 @@ TEMPLATES = {
         "is there {a} or {b}", "do you see either {a} or {b}", "can you find {a} or {b}", "is {a} or {b} visible",
         "does the picture show {a} or {b}", "do you notice {a} or {b}", "is there either {a} or {b} in the scene")),
 }
-DESCRIBE = ("describe the scene", "describe what you see", "what is in the scene", "what do you see",
-            "tell me what is in the picture", "list all objects around us", "what does the picture show",
-            "which things are in front of the camera", "give a short description of the street",
-            "what can be seen from the car", "name everything that you can see", "please describe this street",
-            "give me a summary of the traffic scene", "what objects are visible", "report what surrounds us",
-            "mention all that you notice", "summarise the street scene", "tell me what you see")
-DESCRIBE_AT = ("what is {at}", "what do you see {at}", "tell me what is {at}", "describe what is {at}",
-               "which things are {at}", "{at} , what do you see", "list all objects {at}", "what can be seen {at}")
-# Without these, questions that pair an object and a place never paired in training lose 10 points more.
-WHERE = ("where is the {n}", "where is {a}", "where do you see {a}", "tell me where {a} is",
-         "in which part of the picture is the {n}", "where can {a} be seen")
-DESCRIPTIONS = {"describe": DESCRIBE, "describe_at": DESCRIBE_AT, "where": WHERE}
+DESCRIPTIONS = {
+    "describe": (
+        "describe the scene", "describe what you see", "what is in the scene", "what do you see",
+        "tell me what is in the picture", "list all objects around us", "what does the picture show",
+        "which things are in front of the camera", "give a short description of the street",
+        "what can be seen from the car", "name everything that you can see", "please describe this street",
+        "give me a summary of the traffic scene", "what objects are visible", "report what surrounds us",
+        "mention all that you notice", "summarise the street scene", "tell me what you see"),
+    "describe_at": (
+        "what is {at}", "what do you see {at}", "tell me what is {at}", "describe what is {at}",
+        "which things are {at}", "{at} , what do you see", "list all objects {at}", "what can be seen {at}"),
+    # Without these, questions that pair an object and a place never paired in training lose 10 points more.
+    "where": (
+        "where is the {n}", "where is {a}", "where do you see {a}", "tell me where {a} is",
+        "in which part of the picture is the {n}", "where can {a} be seen"),
+}
 # Questions that training never asks, although reasons and descriptions may mention the same things. Each of these
 # objects is still asked about at two places: at one place alone, the word for it would carry no information, and
 # training would teach to ignore it. The held-out place is "ahead", because a flip turns left into right.
@@ -718,8 +722,8 @@ def make_item(picture, question, view, rng, paraphrase=None):
     return make(picture, question, words, question.truth(view) == TRUE, question.reason(view))
 
 
-def describe_item(picture, view, rng, cfg, place=""):
-    """"describe the scene", or what is at `place`, as a finished command; it has no verdict."""
+def describe_item(picture, view, rng, cfg, place):
+    """"describe the scene", or what is at `place` unless it is "", as a finished command; it has no verdict."""
     template = "describe_at" if place else "describe"
     form = rng.choice(DESCRIPTIONS[template][:-1])
     command = form.format(at=rng.choice(PLACE_WORDS.get(place, ("",))))
@@ -736,7 +740,7 @@ def where_items(picture, view, rng):
     for category in dict.fromkeys(rng.sample(there, min(2, len(there))) + rng.sample(CATEGORIES, 1)):
         noun = rng.choice(NOUNS[category])
         if view.there[category] != UNSURE:
-            command = rng.choice(WHERE[:-1]).format(n=noun, a=article(noun))
+            command = rng.choice(DESCRIPTIONS["where"][:-1]).format(n=noun, a=article(noun))
             items.append(make(picture, Question("where", category), command, None, claim(view, category)))
     return items
 

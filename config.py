@@ -176,12 +176,10 @@ PRESETS = {
                      lr_projection=3e-3, lr_vision=2e-3, eval_every=20_000, log_every=800, eval_items=800,
                      sample_items=600, out_dir="out/ablation", data_dir="data_ablation"),
 }
-CHOICES = {
-    "preset": tuple(PRESETS), "source": ("drawn", "bdd100k"), "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "stem": ("conv", "patch"), "vision_positions": ("learned", "sincos"), "ffn": ("geglu", "swiglu"),
-    "attention": ("auto", "hand", "fast"), "schedule": ("cosine", "step", "restarts", "constant"),
-    "split": ("train", "val", "test", "ood"),
-}
+CHOICES = {name: known.split() for name, known in dict(
+    preset=" ".join(PRESETS), source="drawn bdd100k", dtype="auto float32 bfloat16 float16", stem="conv patch",
+    vision_positions="learned sincos", ffn="geglu swiglu", attention="auto hand fast",
+    schedule="cosine step restarts constant", split="train val test ood").items()}
 MOST = sys.float_info.max
 LEAST = sys.float_info.min    # the least number above 0
 # What a setting may be, in words; its type; its least and its largest value; the settings of that kind. A setting that
@@ -234,9 +232,9 @@ def _read_settings():
         header = re.match(r"# ---- ([\w ]*\w)", line)
         entry = re.match(r"(\w+) *= *[^#]*(?:# *(.*))?", line)
         if header:
-            section = header.group(1)
+            section = header[1]
         elif entry:
-            notes[entry.group(1)] = (section, entry.group(2) or "")
+            notes[entry[1]] = (section, entry[2] or "")
     settings = {}
     for name, value in globals().items():
         plain = isinstance(value, (bool, int, float, str, tuple, list, type(None)))
