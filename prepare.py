@@ -33,7 +33,7 @@ import threading
 import time
 import zlib
 from array import array
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from functools import cache
 from pathlib import Path, PureWindowsPath
 
@@ -1064,11 +1064,13 @@ def stream_records(path, chunk=1 << 20):
 def labels_of(raw):
     """The list of labels of a raw record, of whichever format."""
     labels = raw.get("labels")
-    frames = raw.get("frames")
-    if frames and not labels:
-        # 2018, a file for each picture: the objects are those of its only frame. Other frames are no labels.
-        single = isinstance(frames, list) and len(frames) == 1 and isinstance(frames[0], dict)
-        labels = frames[0].get("objects") if single else frames
+    if not labels:
+        match raw.get("frames"):
+            # 2018, a file for each picture: the objects are those of its only frame. Other frames are no labels.
+            case [dict(only)]:
+                labels = only.get("objects")
+            case labels:
+                pass
     if isinstance(labels, list):
         return labels
     return [labels] if labels else []
@@ -1309,11 +1311,6 @@ def usual_size(records):
 
 # ---- splits and storage ----
 
-Stored = namedtuple("Stored", "splits truths rejected dropped")
-# splits, truths: of the stored frames, (N,) str and (N, len(QUESTIONS)) int8
-# rejected, dropped: Counters by kind, of frames that were not stored and of labels that were dropped or changed
-
-
 def split_of(name):
     """train, val or test: 80/10/10 by the hash of the frame's name, so that new frames move no old one.
 
@@ -1450,12 +1447,13 @@ def prepare(cfg):
     if needed > free:
         raise UserError(f"{folder / 'images.bin'} and the files beside it need about {needed:.2g} GB for {total} "
                         f"pictures, but {free:.2g} GB are free: make room, or choose another data_dir")
-    stored = store_frames(folder, parallel(work, jobs, cfg, "pictures", total), total, cfg)
-    report = write_commands(folder, stored, cfg)
-    mean, std = channel_statistics(folder / "images.bin", stored.splits)
-    meta = dict(magic=MAGIC, version=VERSION, hash=config.data_hash(cfg), frames=len(stored.splits),
-                settings={k: getattr(cfg, k) for k in config.DATA_KEYS}, splits=Counter(stored.splits.tolist()),
-                rejected=stored.rejected.total(), rejected_by=stored.rejected, labels_dropped=stored.dropped,
+    results = parallel(work, jobs, cfg, "pictures", total)
+    splits, truths, rejected, dropped = store_frames(folder, results, total, cfg)
+    report = write_commands(folder, splits, truths, cfg)
+    mean, std = channel_statistics(folder / "images.bin", splits)
+    meta = dict(magic=MAGIC, version=VERSION, hash=config.data_hash(cfg), frames=len(splits),
+                settings={k: getattr(cfg, k) for k in config.DATA_KEYS}, splits=Counter(splits.tolist()),
+                rejected=rejected.total(), rejected_by=rejected, labels_dropped=dropped,
                 mean=mean, std=std, report=report, seconds=round(time.time() - start, 1))
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     publish(folder, root)
@@ -1485,14 +1483,16 @@ def bdd_jobs(cfg, folder):
 
 
 def store_frames(folder, results, total, cfg):
-    """Write images.bin, frames.jsonl and rejected.csv from the results of draw_one or decode_one. Returns a Stored.
+    """Write images.bin, frames.jsonl and rejected.csv from the results of draw_one or decode_one.
 
+    Returns the splits and truths of the stored frames, (N,) str and (N, len(QUESTIONS)) int8, and Counters by kind of
+    the frames that were not stored and of the labels that were dropped or changed.
     Raises UserError when more than cfg.max_bad_share of the frames or of the labels are bad.
     """
     splits = []
     truths = []
     rejected = []
-    lost = {what: Counter() for what in ("frame", "label", "colour", "unused")}
+    lost = defaultdict(Counter)
     labels = crowded = 0
     with open(folder / "images.bin", "wb") as images, open(folder / "frames.jsonl", "w", encoding="utf-8") as frames:
         for picture, frame, truth, problems in results:
@@ -1524,7 +1524,7 @@ def store_frames(folder, results, total, cfg):
         print(f"{crowded} frames hold more than max_complexity={cfg.max_complexity} objects and are not used")
     if not splits:
         raise UserError("not one picture is left")
-    return Stored(np.array(splits), np.array(truths), lost["frame"], lost["label"] + lost["colour"] + lost["unused"])
+    return np.array(splits), np.array(truths), lost["frame"], lost["label"] + lost["colour"] + lost["unused"]
 
 
 def channel_statistics(path, splits):
@@ -1552,7 +1552,7 @@ def publish(folder, root):
     folder.rmdir()
 
 
-def write_commands(folder, stored, cfg):
+def write_commands(folder, splits, truths, cfg):
     """Choose and write the commands of every set, and the twins of the test items.
 
     Returns the report of meta.json: {set: its counts}, "dropped": {split: [kinds of question with too few YES or NO]}
@@ -1565,8 +1565,8 @@ def write_commands(folder, stored, cfg):
     trained = {question for question in QUESTIONS if not question.held_out}
     for name in SETS:
         # The held-out sets ask about the pictures of the test split.
-        rows = np.flatnonzero(stored.splits == name.split("_")[0])
-        asked, counts = _write_items(folder, name, make_items(name, rows, frames, stored.truths, cfg), tokenizer, cfg)
+        rows = np.flatnonzero(splits == name.split("_")[0])
+        asked, counts = _write_items(folder, name, make_items(name, rows, frames, truths, cfg), tokenizer, cfg)
         report[name] = dict(pictures=len(rows), **counts)
         if name in SPLITS and len(rows):
             report["dropped"][name] = ["/".join(filter(None, question)) for question in sorted(trained - asked)]
@@ -1587,7 +1587,7 @@ def make_items(name, rows, frames, truths, cfg):
     rng = random.Random(f"commands {name} {cfg.scene_seed}")
     # The choice among pictures must not follow from their order on disk, so it has its own generator.
     picked = commands.choose(truths[rows], cfg, np.random.default_rng(len(rows) + cfg.scene_seed), shares)
-    for row, asked in zip(rows, picked):
+    for row, asked in progress(zip(rows, picked), f"commands of {name}"):
         view = View(frames[row], cfg)
         for q in np.flatnonzero(asked):
             yield commands.make_item(row, QUESTIONS[q], view, rng, -1 if name == "test_words" else None)
