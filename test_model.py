@@ -1463,6 +1463,7 @@ def test_fog_hides_with_distance():
 def test_the_demonstration_shows_every_template_with_both_answers(capsys):
     commands.main(DEFAULTS)
     text = capsys.readouterr().out
+    assert ", " in text and " ," not in text
     for template, verdict in itertools.product(commands.TEMPLATES, ("YES", "NO")):
         found = re.findall(rf"(?m)^scene: .+\n  \w+ +{template} +.+\?\n +\[{verdict}\] \w+", text)
         assert len(found) == 1, (template, verdict)
