@@ -397,7 +397,7 @@ class DecoderBlock(nn.Module):
         k, v = self.attn.keys_values(h, rope)                                     # (B, G, L, d) each
         # Keys are kept as rotated: the position of a word in its command never changes.
         if cache is not None:
-            k, v = cache.append(self, k, v)                                 # (B, G, S, d) each
+            k, v = cache.append(self, k, v)                                       # (B, G, S, d) each
         x = x + self.attn(h, k, v, mask, rope, attn["self"])
         if vision is not None:
             k, v = self.picture_keys(vision, cache)                               # (B, G, P, d) each

@@ -1728,7 +1728,7 @@ def bdd_label(category, *edges, **attributes):
 def bdd_settings(folder, **changes):
     """Settings for the tree folder/bdd, data in folder/out."""
     return config.from_args([], source="bdd100k", bdd_dir=str(folder / "bdd"), data_dir=str(folder / "out"),
-                            **{**dict(workers=1, min_cell=1), **changes})
+                            out_dir=str(folder / "run"), **{**dict(workers=1, min_cell=1), **changes})
 
 
 def rejected_in(folder):
@@ -3820,7 +3820,7 @@ def test_a_part_of_a_figure_without_data_says_so(report):
     assert "no data" in texts(visualize.figure_accuracy(report)[0])[0]
     for probe in ("deletion", "insertion"):
         page["attention"]["deletion_insertion"][probe].update(curve=[], random_curve=[])
-    assert texts(visualize.figure_grounding(report)[0])[2:4] == [["no data"]] * 2
+    assert texts(visualize.figure_grounding(report)[0])[2:4] == [["no data"] * 2] * 2      # two curves each
     log = Path(report.cfg.out_dir) / "log.csv"
     header = "pictures,loss,lr,grad_norm,val_accuracy,val_loss,attention_entropy\n"
     log.write_text(header + "8,2,1,3,,,\n8,,,,nan,1,1\n")
@@ -4130,7 +4130,8 @@ def test_occlusion_hides_the_object_or_as_much_elsewhere(subject, drawn):
         thing, = trial.asked.questions[i].evidence(trial.asked.view(i))
         labels = list(trial.asked.frame(i)["labels"])
         box = labels.pop(thing.label)["box2d"]
-        assert trial.asked.questions[i].truth(view_of(*labels)) == FALSE          # nothing else makes it true
+        view = View(dict(trial.asked.frame(i), labels=labels), trial.cfg)
+        assert trial.asked.questions[i].truth(view) == FALSE                      # nothing else makes it true
         there, elsewhere = ((picture != trial.pictures[i]).any(-1) for picture in (hidden, control))
         rows, columns = there.nonzero()
         assert rows.min() >= box["y1"] - 1 and rows.max() <= box["y2"] and columns.max() <= box["x2"]
