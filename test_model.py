@@ -3774,7 +3774,7 @@ def test_examples_are_drawn_by_the_seed_and_wrong_answers_shown_with_the_truth(r
     figure, fields = visualize.figure_wrong(report)
     record, axes = report.failures[0], figure.axes[5]                             # the first of the second row
     note = axes.get_xlabel()
-    assert axes.get_title(loc="center").replace("\n", " ") == visualize.tidy(record["command"]) + "?"
+    assert axes.get_title(loc="center").replace("\n", " ") == commands.tidy(record["command"]) + "?"
     assert note.startswith(f"said {'NO' if record['truth'] == 'YES' else 'YES'}") and f"{record['type']} error" in note
     assert np.array_equal(axes.images[0].get_array(), report.asked.pixels(report.asked.at[record["item"]]))
     assert fields == dict(columns=5, n=len(report.failures), sure=1) and not figure.axes[6].images

@@ -45,7 +45,7 @@ import config
 import evaluate
 import prepare
 import train
-from commands import QUESTIONS, Question, View, corners
+from commands import QUESTIONS, Question, View, corners, tidy
 from config import UserError
 from evaluate import cover, enrichment, entropy, mass_in_box, pointing, text_of
 from tokenizer import NO, YES, split_words
@@ -113,11 +113,6 @@ def verdict_text(shot):
     if not shot.verdict:
         return "description"
     return f"{shot.verdict} ({100 * shot.probability:.1f}%)"
-
-
-def tidy(text):
-    """Tokens joined by spaces, as people write them: no space before a comma."""
-    return re.sub(r" (?=[,:?.!])", "", text)
 
 
 def asked_text(shot):
@@ -283,8 +278,9 @@ def draw_panels(rows, title, subtitle, vmax=0.0):
     height = 0.7
     pixels = next(panel.picture.shape for _, panels in rows for panel in panels)
     for _, panels in rows:
-        lines = most_lines(wrapped(panel.label, size, font) for panel in panels) + most_lines(map(note_of, panels))
-        height += size * pixels[0] / pixels[1] + 0.1 + lines * 1.25 * font / 72
+        labels = most_lines(wrapped(panel.label, size, font) for panel in panels)
+        notes = most_lines(map(note_of, panels))
+        height += size * pixels[0] / pixels[1] + 0.1 + (1.2 * font * labels + 1.15 * (font - 1) * notes) / 72
     figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="compressed", figsize=(width, height))
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
 
