@@ -1794,6 +1794,7 @@ def draw_report(meta, cfg):
             "training commands", "most frequent words in them", "boxes by object", "pictures by number of objects seen",
             "boxes by height in % of the picture's", "boxes by the middle of their lower edge in %")):
         axis.set_title(title)
+        axis.locator_params("x", nbins=4)
     # Commands from all parts of the training set.
     for axis, i in zip(lower.subplots(2, 3).flat, range(0, len(items), len(items) // 6 + 1)):
         item = items[i]
