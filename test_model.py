@@ -3538,6 +3538,22 @@ def test_failures_are_those_of_the_confusion_matrix_and_their_maps_are_stored(ev
             assert np.allclose(mean, stored["answer_maps"][sampled.index(k)], atol=1e-3)
 
 
+def test_readme_quotes_its_tables_as_the_scripts_write_them(evaluated):
+    """The form alone: the same columns, and rows of the same names, whatever the values."""
+    _, page = evaluated
+    readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    headline, word, _ = evaluate.tables(page).strip().split("\n\n")
+    for table in (headline, word):
+        heads, _, *rows = table.splitlines()
+        assert re.sub(r"n=[\d,]+", "", heads) in re.sub(r"n=[\d,]+", "", readme)
+        for row in rows:
+            name = row.split(" | ")[0] + " | "
+            assert readme.count(name) == 1, name
+    assert ablate.markdown(dict(rows=[])).splitlines()[0] in readme
+    for name, text in re.findall(r"^\| (\w+): (.+?) \| \d+ \|", readme, re.M):
+        assert ablate.variants(config.from_args([], preset="ablation"))[name].text == text
+
+
 @pytest.fixture(scope="module")
 def bare(drawn, tmp_path_factory):
     """Settings of an untrained model. Its data: a few test questions, none on states, no twins, no set but train."""

@@ -1167,7 +1167,7 @@ h2 { margin-top: 2.4rem; border-bottom: 2px solid #d8d8d4 } nav a { margin-right
 figure img { display: block; width: 100%; max-width: var(--w); min-width: min(var(--w), 34rem); margin: 0 auto }
 table { border-collapse: collapse; font-size: .92rem } td:nth-child(2) { white-space: nowrap }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #d8d8d4; vertical-align: top }
-select { font: inherit; max-width: 100%; margin: 0 .6rem .6rem 0; vertical-align: top }
+select { font: inherit; max-width: 100%; margin: 0 .6rem .6rem 0; vertical-align: top } label { display: inline-block }
 """
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
