@@ -47,7 +47,7 @@ from config import UserError
 from tokenizer import Tokenizer
 
 MAGIC = "traffic-vlm-data"
-VERSION = 2
+VERSION = 3
 # ood (out of distribution): drawn scenes of a weather or time that the others do not have.
 SPLITS = ("train", "val", "test", "ood")
 # Held-out sets test language (a paraphrase that is never trained on) and composition (questions that are not).

@@ -3538,20 +3538,24 @@ def test_failures_are_those_of_the_confusion_matrix_and_their_maps_are_stored(ev
             assert np.allclose(mean, stored["answer_maps"][sampled.index(k)], atol=1e-3)
 
 
-def test_readme_quotes_its_tables_as_the_scripts_write_them(evaluated):
-    """The form alone: the same columns, and rows of the same names, whatever the values."""
+def rows_below(heads, text):
+    """First cells of the table in a text of Markdown that has these heads."""
+    table = text[text.index(heads):].split("\n\n")[0]
+    return [line.split(" | ")[0] for line in table.splitlines()[2:]]
+
+
+def test_readme_quotes_tables_as_the_scripts_write_them(evaluated):
+    """The form alone: the same columns, and names of rows that are written; values change."""
     _, page = evaluated
-    readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
-    headline, word, _ = evaluate.tables(page).strip().split("\n\n")
+    readme = re.sub(r"n=[\d,]+", "n=1", (Path(__file__).parent / "README.md").read_text(encoding="utf-8"))
+    known = {f"| {name}: {variant.text}" for name, variant in
+             ablate.variants(config.from_args([], preset="ablation")).items()}
+    assert set(rows_below(ablate.markdown(dict(rows=[])).splitlines()[0], readme)) <= known
+    headline, word, _ = re.sub(r"n=[\d,]+", "n=1", evaluate.tables(page)).strip().split("\n\n")
     for table in (headline, word):
-        heads, _, *rows = table.splitlines()
-        assert re.sub(r"n=[\d,]+", "", heads) in re.sub(r"n=[\d,]+", "", readme)
-        for row in rows:
-            name = row.split(" | ")[0] + " | "
-            assert readme.count(name) == 1, name
-    assert ablate.markdown(dict(rows=[])).splitlines()[0] in readme
-    for name, text in re.findall(r"^\| (\w+): (.+?) \| \d+ \|", readme, re.M):
-        assert ablate.variants(config.from_args([], preset="ablation"))[name].text == text
+        heads = table.splitlines()[0]
+        names = rows_below(heads, readme)
+        assert len(names) > 2 and set(names) <= set(rows_below(heads, table))
 
 
 @pytest.fixture(scope="module")
