@@ -776,7 +776,7 @@ def robustness(cfg):
     subject = Subject(cfg)
     subject.model.requires_grad_(False)                     # attacks need the gradient of the picture alone
     out = made_folder(cfg)
-    meta = prepare.load_meta(subject.cfg)
+    meta = subject.take_data()
     trial = Trial(subject, meta, 3 * cfg.probe_items // 2)
     for study in (trial.disturbed, trial.attacked, trial.occluded, trial.reworded, trial.redrawn):
         print(study.__name__, flush=True)

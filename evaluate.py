@@ -279,6 +279,21 @@ class Subject:
         self.grid = self.model.vision.grid
         self.blank = np.full((*self.model.vision.size, 3), np.round(255 * np.array(self.state["mean"])), np.uint8)
 
+    def take_data(self):
+        """meta of the data in data_dir, which need not be those of the training; .cfg has their settings from then on.
+
+        Raises UserError where their pictures have another size than the model's.
+        """
+        meta = prepare.read_meta(self.cfg)
+        width, height = prepare.size_of(self.cfg)
+        self.cfg = config.with_changes(self.cfg, **meta["settings"])
+        if prepare.size_of(self.cfg) != (width, height):
+            raise UserError(f"the pictures in {self.cfg.data_dir} have not the model's {width}x{height} pixels: prepare "
+                            f"others with --image_width={width} --image_height={height}")
+        if meta["hash"] != self.state["data_hash"]:
+            print(f"note: the data in {self.cfg.data_dir} are others than those that the checkpoint was trained on")
+        return meta
+
     def images(self, pictures):
         """uint8 pictures (B, h, w, 3) as the model wants them: normalised (B, 3, h, w)."""
         channels = train.channels(self.state["mean"], self.state["std"])
@@ -1407,9 +1422,9 @@ def evaluate(cfg, blind_steps=300):
     """
     start = time.time()
     subject, other = opened(cfg)
+    meta = subject.take_data()
     cfg = subject.cfg
     out = made_folder(cfg)
-    meta = prepare.load_meta(cfg)
     print(f"device {subject.device}, dtype {str(subject.dtype)[6:]} ({subject.why}); checkpoint of step "
           f"{subject.state['step']}")
 

@@ -1699,25 +1699,34 @@ def ready(cfg):
     return load_meta(cfg)
 
 
-def load_meta(cfg):
-    """meta.json of data_dir, checked against cfg. Raises UserError with the command that repairs it."""
-    path = Path(cfg.data_dir) / "meta.json"
-    # The command that makes these data names all settings that differ from their defaults.
+def remake(cfg):
+    """The command that makes data with these settings: it names all that differ from their defaults."""
     changed = [k for k in ("preset", "data_dir", *config.DATA_KEYS) if getattr(cfg, k) != config.SETTINGS[k][1]]
-    remake = "python prepare.py" + "".join(f" --{k}={shlex.quote(str(getattr(cfg, k)))}" for k in changed)
+    return "python prepare.py" + "".join(f" --{k}={shlex.quote(str(getattr(cfg, k)))}" for k in changed)
+
+
+def read_meta(cfg):
+    """meta.json of data_dir, whatever its settings. Raises UserError with the command that repairs it."""
+    path = Path(cfg.data_dir) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no data in {cfg.data_dir}: run {remake}") from None
+        raise UserError(f"no data in {cfg.data_dir}: run {remake(cfg)}") from None
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): run {remake}") from None
+        raise UserError(f"{path} cannot be read ({error}): run {remake(cfg)}") from None
     if meta.get("magic") != MAGIC or meta.get("version") != VERSION:
-        raise UserError(f"{cfg.data_dir} was written by another version of prepare.py: run {remake}")
+        raise UserError(f"{cfg.data_dir} was written by another version of prepare.py: run {remake(cfg)}")
+    return meta
+
+
+def load_meta(cfg):
+    """meta.json of data_dir, which must have been made with the settings of cfg. Raises UserError as `read_meta`."""
+    meta = read_meta(cfg)
     if meta["hash"] != config.data_hash(cfg):
         differs = [f"{k}={meta['settings'].get(k)!r} there, {getattr(cfg, k)!r} now" for k in config.DATA_KEYS
                    if meta["settings"].get(k) != getattr(cfg, k)]
         raise UserError(f"the data in {cfg.data_dir} were made with other settings ({'; '.join(differs)}): "
-                        f"run {remake}, or pass the settings of the data")
+                        f"run {remake(cfg)}, or pass the settings of the data")
     return meta
 
 

@@ -3595,6 +3595,19 @@ def test_what_is_missing_is_shown_without_a_value_and_a_fresh_process_writes_the
         assert (tmp_path / name).read_bytes() == (Path(bare.out_dir) / name).read_bytes()
 
 
+def test_a_model_is_asked_about_other_data_by_the_rules_of_these_data(bare, tmp_path, capsys):
+    subject = evaluate.Subject(bare)
+    assert subject.take_data()["hash"] == subject.state["data_hash"] and not capsys.readouterr().out
+    meta = json.loads((Path(bare.data_dir) / "meta.json").read_text())
+    other = changed(bare, data_dir=str(tmp_path), checkpoint=str(Path(bare.out_dir) / "best.pt"))
+    (tmp_path / "meta.json").write_text(json.dumps(dict(meta, hash="x", settings=dict(meta["settings"], min_pixels=9.5))))
+    subject = evaluate.Subject(other)
+    subject.take_data()
+    assert subject.cfg.min_pixels == 9.5 and "others than those" in capsys.readouterr().out
+    (tmp_path / "meta.json").write_text(json.dumps(dict(meta, settings=dict(meta["settings"], image_width=80))))
+    refuses(evaluate.Subject(other).take_data, "160x96 pixels", "--image_width=160")
+
+
 def test_what_cannot_be_evaluated_is_one_line_that_helps(bare, drawn, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     here = changed(bare, out_dir=str(tmp_path))

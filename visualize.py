@@ -521,10 +521,10 @@ class Report:
 
     def __init__(self, cfg):
         self.subject = evaluate.Subject(cfg)
+        self.meta = self.subject.take_data()
         self.cfg = self.subject.cfg
         self.grid = self.subject.grid
         self.seed = self.cfg.seed
-        self.meta = prepare.load_meta(self.cfg)
         out = Path(self.cfg.out_dir)
         again = f"run python evaluate.py --out_dir={out} (and the --checkpoint and --data_dir given here, if any)"
         try:
