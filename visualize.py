@@ -554,6 +554,10 @@ class Report:
         """Question i as people write it."""
         return tidy(self.asked.items[i]["command"]) + "?"
 
+    def at_places(self):
+        """Which questions (n,) are about an object at a place, and it is there."""
+        return self.asked.truth & [question.template == "exists_at" for question in self.asked.questions]
+
     def boxes(self, i):
         """Labels to outline for each word of question i and, last, for its answer."""
         asked = self.asked
@@ -611,7 +615,7 @@ def figure_pictures(report):
 def figure_scene(kind):
     """The figure function that draws SCENE[kind] of one YES question about an object at a place."""
     def figure(report):
-        where = report.asked.truth & [question.template == "exists_at" for question in report.asked.questions]
+        where = report.at_places()
         if not where.any():
             return "No question about an object at a place has the answer YES."
         shot = report.shot(report.asked.sample(1, report.seed, where)[0])
@@ -642,13 +646,12 @@ def named_in(report, name):
 
 def figure_gallery(report):
     asked = report.asked
-    columns = COLUMNS
     rows = []
     for name in ("pedestrian", "traffic light", "car", "bicycle", "left", "right"):
         named = named_in(report, name)
         chosen = asked.sample(300, report.seed, list(named))
         # Real pictures may hold no bicycles.
-        if len(chosen) < columns:
+        if len(chosen) < COLUMNS:
             continue
         tokens, boxes = zip(*(named[i] for i in chosen))
         looks = report.subject.look(asked.jobs(chosen))
@@ -656,20 +659,21 @@ def figure_gallery(report):
         covers = np.array([cover(labels, prepare.size_of(report.cfg), report.grid) for labels in boxes])
         text = f"“{name}”\nn={len(chosen)}\npoints {100 * pointing(maps, covers).mean():.0f}%\n(chance " \
                f"{100 * (covers > 0).mean():.0f}%)\nenriched {np.median(enrichment(maps, covers)):.1f}×"
-        examples = report.rng().permutation(len(chosen))[:columns]
+        examples = report.rng().permutation(len(chosen))[:COLUMNS]
         rows.append((text, [report.panel(chosen[k], maps[k], boxes=boxes[k]) for k in examples]))
     if not rows:
-        return f"No word of these names what is there in {columns} questions."
+        return f"No word of these names what is there in {COLUMNS} questions."
     title = "Where one word looks, scene after scene"
-    return draw_panels(rows, title, maps_line(report.grid)), dict(columns=columns)
+    return draw_panels(rows, title, maps_line(report.grid)), dict(columns=COLUMNS)
 
 
 def figure_comparison(report):
     asked = report.asked
+    where = report.at_places()
     pairs = []
     for questions in report.pictures():
         # Two objects that are there, each at its place: the maps should differ, if attention follows the command.
-        own = [i for i in questions if asked.truth[i] and asked.questions[i].template == "exists_at"]
+        own = questions[where[questions]]
         other = [i for i in own if asked.questions[i].category != asked.questions[own[0]].category]
         if other:
             pairs.append([report.shot(own[0]), report.shot(other[0])])
@@ -684,7 +688,7 @@ def figure_comparison(report):
 
 def figure_decides(report):
     asked = report.asked
-    where = asked.truth & [question.template == "exists_at" for question in asked.questions]
+    where = report.at_places()
     rows = []
     for i in asked.sample(4, report.seed, where):
         shot = report.shot(i)
@@ -826,13 +830,14 @@ def figure_accuracy(report):
     controls = page["controls"]
     # The most accurate template stands on top; one without questions of both answers at the bottom.
     found = sorted(page["by"]["template"].items(), key=lambda entry: -(entry[1]["value"] or 0))
+    names = {template: example_of(template) for template, _ in found}
     figure, ((left, middle, right),) = plot(1, 3, 4.2, width_ratios=(1, 1.1, 0.7))
     intervals(left, {"all": page["overall"], **page["by"]["family"], **controls}, others=controls)
     left.set(title="families, and controls", xlim=(0, 119))
-    intervals(middle, {example_of(template): entry for template, entry in found}, shift=-0.3, label="model", bars=False)
+    intervals(middle, {names[template]: entry for template, entry in found}, shift=-0.3, label="model", bars=False)
     # The controls of each template stand below the model's dot.
     for k, name in enumerate(controls):
-        rows = {example_of(template): page["controls_by_template"][template][name] for template, _ in found}
+        rows = {names[template]: page["controls_by_template"][template][name] for template in names}
         intervals(middle, rows, SERIES[3 - k], shift=0.2 * k - 0.1, label=name, bars=False)
     middle.set_title("kinds of question")
     figure.legend(loc="outside lower center", ncols=4)
