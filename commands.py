@@ -71,24 +71,25 @@ def corners(label):
     return [label["box2d"][edge] for edge in EDGES]
 
 
-def visible_shares(boxes, categories, width, height):
-    """Share of each box that no nearer box covers, found by painting the boxes from far to near on a coarse grid.
+def visible_shares(labels, width, height):
+    """Share of each label's box that no nearer box covers: a list of numbers in [0, 1].
 
-    boxes: (x1, y1, x2, y2) of each object, in pixels of a picture of that size; categories: of each object.
+    They are counted by painting the boxes from far to near on a coarse grid. width, height: of the picture, in pixels.
     An object that stands lower in the picture is nearer. Lights and signs hang, so their lower edge does not tell:
-    they count as farthest. Returns a list of numbers in [0, 1].
+    they count as farthest.
     """
     grid = 64
     sides = width, height, width, height
     owner = np.zeros((grid, grid), np.uint16)
     cells = []
-    for box in boxes:
+    for label in labels:
         # Plain numbers: numpy is slower on four of them, and making twins calls this often.
-        x1, y1, x2, y2 = (min(max(round(float(v) * grid / side), 0), grid) for v, side in zip(box, sides))
+        x1, y1, x2, y2 = (round(edge * grid / side) for edge, side in zip(corners(label), sides))
+        # However thin a box is, it gets a cell.
         x1, y1 = min(x1, grid - 1), min(y1, grid - 1)
         cells.append((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
-    lower_edge = [-1 if category in HANGING else box[3] for box, category in zip(boxes, categories)]
-    for i in sorted(range(len(cells)), key=lower_edge.__getitem__):
+    lower_edges = [-1 if label["category"] in HANGING else label["box2d"]["y2"] for label in labels]
+    for i in np.argsort(lower_edges, kind="stable"):
         x1, y1, x2, y2 = cells[i]
         owner[y1:y2, x1:x2] = i + 1
     counts = np.bincount(owner.ravel(), minlength=len(cells) + 1)[1:].tolist()
@@ -145,7 +146,7 @@ def at_distance(thing, near):
 class View:
     """The objects of a frame as the rules see them.
 
-    frame: BDD100K record with boxes in pixels of the stored picture; cfg: settings.
+    frame: record whose labels are of CATEGORIES, with boxes in pixels of the stored picture; cfg: settings.
     .objects: list of Thing, nearest first.
     .light: the one colour of the traffic lights, "none" without any light, None if they disagree or are unreadable.
     .there: {name: truth of "there is such an object"} of CATEGORIES and LIGHTS.
@@ -153,12 +154,11 @@ class View:
 
     def __init__(self, frame, cfg):
         side = cfg.image_width
-        kept = [(i, label) for i, label in enumerate(frame["labels"]) if label["category"] in CATEGORIES]
-        boxes = [corners(label) for _, label in kept]
-        shares = visible_shares(boxes, [label["category"] for _, label in kept], side, cfg.image_height)
+        shares = visible_shares(frame["labels"], side, cfg.image_height)
         self.objects = []
-        for (index, label), (x1, y1, x2, y2), share in zip(kept, boxes, shares):
+        for index, (label, share) in enumerate(zip(frame["labels"], shares)):
             category = label["category"]
+            x1, y1, x2, y2 = corners(label)
             width, height = x2 - x1, y2 - y1
             least = cfg.min_pixels * DETAIL.get(category, 1)
             # Half of an object tells less: what a side of the picture cuts must be twice as large.
@@ -227,7 +227,6 @@ class View:
 def tidy(text):
     """Words joined by spaces, as people write them: no space before a mark."""
     return re.sub(" (?=[,:?.!])", "", text)
-
 
 
 AT = {"left": "on the left", "ahead": "ahead", "right": "on the right"}
@@ -432,7 +431,7 @@ class Question(namedtuple("Question", "template first second", defaults=("", "")
 
     def asked(self):
         """Where the first object must be: the arguments `place` and `near` of View.matching."""
-        return self.place or None, True if self.template == "near" else None
+        return self.place or None, self.template == "near" or None
 
     def truth(self, view):
         """FALSE, UNSURE or TRUE, from the rules of the template."""
@@ -486,7 +485,7 @@ class Question(namedtuple("Question", "template first second", defaults=("", "")
     def _reason_of_two(self, view, yes):
         both_matter = yes != (self.template == "or")
         if both_matter:
-            return claim(view, self.category) + " and " + claim(view, self.other)
+            return f"{claim(view, self.category)} and {claim(view, self.other)}"
         first_decides = view.there[self.category] == (TRUE if yes else FALSE)
         return claim(view, self.category if first_decides else self.other)
 
@@ -495,10 +494,12 @@ class Question(namedtuple("Question", "template first second", defaults=("", "")
         # A green light speaks for a free way only, every other colour for a blocked one.
         if self.obeys_light() and view.light in COLOURS and blocked == (view.light != "green"):
             causes.append(light_words(view))
-        if not blocked:
-            return " and ".join(causes + ["nothing blocks the " + " or the ".join(SIDE[p] for p in self.ways())])
-        blockers = [(o, place) for place in self.ways() for o in view.objects if blocks(o, place) == TRUE]
-        causes += [f"{article(NOUNS[o.category][0])} blocks the {SIDE[place]}" for o, place in blockers[:1]]
+        if blocked:
+            blockers = [(o, place) for place in self.ways() for o in view.objects if blocks(o, place) == TRUE]
+            causes += [f"{article(NOUNS[o.category][0])} blocks the {SIDE[place]}" for o, place in blockers[:1]]
+        else:
+            ways = " or the ".join(SIDE[place] for place in self.ways())
+            causes.append(f"nothing blocks the {ways}")
         return " and ".join(causes)
 
     def words(self, rng, paraphrase=None):
@@ -548,7 +549,7 @@ QUESTIONS = all_questions()
 
 def truths(view):
     """Truth of every question of QUESTIONS: (len(QUESTIONS),) int8."""
-    return np.array([q.truth(view) for q in QUESTIONS], dtype=np.int8)
+    return np.array([question.truth(view) for question in QUESTIONS], np.int8)
 
 
 def vocabulary():
@@ -567,7 +568,7 @@ def only_words(text):
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 
-@functools.lru_cache
+@functools.cache
 def askable():
     """{words of a command: (template, command)} of everything that can be asked."""
     found = {}
@@ -691,17 +692,16 @@ def choose(table, cfg, rng, shares=None):
     # The rarest questions choose first, while all pictures still have room.
     order = sorted(shares, key=lambda q: min((table[:, q] == TRUE).sum(), (table[:, q] == FALSE).sum()))
     for q in order:
-        rows = {answer: np.flatnonzero((table[:, q] == answer) & (load[answer] < half)) for answer in (FALSE, TRUE)}
+        rows = {answer: np.flatnonzero((table[:, q] == answer) & (load[answer] < half)) for answer in (TRUE, FALSE)}
         wanted = int(np.ceil(shares[q] * cfg.commands_stored * pictures / 2))
-        n = min(len(rows[FALSE]), len(rows[TRUE]), wanted)
+        n = min(wanted, *map(len, rows.values()))
         if n < cfg.min_cell:
             continue
-        for answer in (TRUE, FALSE):
-            own = load[answer][rows[answer]]
-            surplus = own - load[2 - answer][rows[answer]]
+        for answer, free in rows.items():
+            own = load[answer][free]
+            surplus = own - load[2 - answer][free]
             # By surplus, then by load, then at random.
-            first = np.lexsort((rng.random(len(own)), own, surplus))[:n]
-            chosen = rows[answer][first]
+            chosen = free[np.lexsort((rng.random(len(own)), own, surplus))[:n]]
             load[answer][chosen] += 1
             picked[chosen, q] = True
     return picked
