@@ -19,6 +19,7 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -82,8 +83,6 @@ KINDS = {
 }
 ACROSS = ("crossing", "pavement")      # where the camera sees the side of what stands there
 FLANKED = ("car", "truck", "bus")      # seen from behind or from the front, these also show the side that is nearer
-# The kind to draw for a category, where it has another name.
-KIND_OF = {"traffic light": "light", "traffic sign": "sign", "rider": "cyclist"}
 
 
 def colours(codes):
@@ -125,7 +124,7 @@ def sample_scene(name, cfg):
     # The order of all draws from rng, here and in sample_object, is fixed: a new draw in between changes every scene.
     rng = random.Random(f"{name} {cfg.scene_seed}")
     kept = {name: values or DRAWN_VALUES[name] for name, values in filters_of(cfg, DRAWN_VALUES).items()}
-    every = [(weather, timeofday) for weather in WEATHERS for timeofday in TIMES]
+    every = list(itertools.product(WEATHERS, TIMES))
     inside = [pair for pair in every if pair[0] in kept["weather"] and pair[1] in kept["timeofday"]]
     outside = [pair for pair in every if pair not in inside]
     # Where the filters keep everything, nothing is outside, and the scenes of both sets are alike.
@@ -171,7 +170,7 @@ def sample_scene(name, cfg):
             if o is None:
                 continue
             # Most heads of one crossing agree. Where they do not, questions about the light are dropped.
-            if kind == "light" and o["colour"] in commands.COLOURS and rng.random() < 0.95:
+            if o["colour"] in commands.COLOURS and rng.random() < 0.95:
                 o["colour"] = colour
             spec["objects"].append(o)
     # Traffic farther away: in most streets there are many cars, and most of them are too small to count.
@@ -187,27 +186,30 @@ def strips(spec, where):
 
     Traffic keeps to the right: seen from behind on our side of the yellow line, from the front on the other side.
     """
-    left, yellow, right = spec["left"], spec["yellow"], spec["right"]
-    parking = SCENERY[spec["scene"]].parking
+    left, right = spec["left"], spec["right"]
+    oncoming, ours = lanes(spec)
+    parked = [(left + 1.1, left + 1.3, "front"), (right - 1.3, right - 1.1, "rear")]
     # Across the whole street: at a crossing, or hung over the road
     across = [(left - 3, right + 3, "side")]
     return {
-        "ours": [(x - 0.4, x + 0.4, "rear") for x in lane_middles(yellow, right - parking)],
-        "oncoming": [(x - 0.4, x + 0.4, "front") for x in lane_middles(left + parking, yellow)],
-        "parked": [(left + 1.1, left + 1.3, "front"), (right - 1.3, right - 1.1, "rear")] if parking else [],
+        "ours": [(x - 0.4, x + 0.4, "rear") for x in ours],
+        "oncoming": [(x - 0.4, x + 0.4, "front") for x in oncoming],
+        "parked": parked if SCENERY[spec["scene"]].parking else [],
         "pavement": [(left - 2.6, left - 0.5, "side"), (right + 0.5, right + 2.6, "side")],
         "kerb": [(left - 1.2, left - 0.7, "front"), (right + 0.7, right + 1.2, "front")],
     }.get(where, across)
 
 
+def lanes(spec):
+    """The middles of the lanes (x) on the other side of the yellow line, and those on ours, from left to right."""
+    parking = SCENERY[spec["scene"]].parking
+    sides = (spec["left"] + parking, spec["yellow"]), (spec["yellow"], spec["right"] - parking)
+    return [[x1 + LANE * (i + 0.5) for i in range(round((x2 - x1) / LANE))] for x1, x2 in sides]
+
+
 def size_of(cfg):
     """(width, height) of the stored pictures."""
     return cfg.image_width, cfg.image_height
-
-
-def lane_middles(x1, x2):
-    """The middles of the lanes between x1 and x2."""
-    return [x1 + LANE * (i + 0.5) for i in range(round((x2 - x1) / LANE))]
 
 
 def reaches(spec, about, scale, where, cfg):
@@ -283,10 +285,11 @@ def sample_object(rng, spec, kind, cfg, place="", near=None, distances=None):
         look = rng.randrange(2**31)
         # What stands across the road shows its length. How far the others reach away from the camera matters for those
         # whose flank is drawn.
-        length = about.length * scale if about.length else width
-        depth = length if kind in FLANKED and facing != "side" else 0.0
-        if facing == "side":
-            width = length
+        depth = 0.0
+        if facing == "side" and about.length:
+            width = about.length * scale
+        elif kind in FLANKED:
+            depth = about.length * scale
         o = dict(kind=kind, x=x, y=y, z=z, w=width, h=height, d=depth, facing=facing, colour=colour, look=look)
         if is_clear(o, clipped(object_box(spec, o)), others):
             return o
@@ -315,16 +318,19 @@ def project(spec, x, y, z):
     return spec["centre"] + spec["focal"] * x / z, spec["horizon"] + spec["focal_y"] * (spec["height"] - y) / z
 
 
-def face_box(spec, o, z):
-    """(x1, y1, x2, y2) of the face of an object at the distance z, in shares of the picture, not clipped."""
-    x1, y2 = project(spec, o["x"] - o["w"] / 2, o["y"], z)
-    x2, y1 = project(spec, o["x"] + o["w"] / 2, o["y"] + o["h"], z)
-    return x1, y1, x2, y2
+def faces(spec, o):
+    """The boxes (x1, y1, x2, y2) of the near and the far face of an object, in shares of the picture, not clipped."""
+    boxes = []
+    for z in (o["z"], o["z"] + o["d"]):
+        x1, y2 = project(spec, o["x"] - o["w"] / 2, o["y"], z)
+        x2, y1 = project(spec, o["x"] + o["w"] / 2, o["y"] + o["h"], z)
+        boxes.append((x1, y1, x2, y2))
+    return boxes
 
 
 def object_box(spec, o):
-    """(x1, y1, x2, y2) of an object in shares of the picture, not clipped: of its near and its far face together."""
-    lefts, tops, rights, bottoms = zip(*(face_box(spec, o, z) for z in (o["z"], o["z"] + o["d"])))
+    """(x1, y1, x2, y2) of both faces of an object together."""
+    lefts, tops, rights, bottoms = zip(*faces(spec, o))
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
@@ -362,8 +368,9 @@ def scene_frame(spec, cfg):
             x1, y1, x2, y2 = edges = [round(v * side, 2) for v, side in zip(inside, size + size)]
             if share < 0.15 or min(x2 - x1, y2 - y1) < 2:
                 continue
-            lit = category == "traffic light" and o["colour"] in commands.COLOURS
-            attributes = dict(trafficLightColor=o["colour"] if lit else "none", truncated=share < 0.95)
+            # The colour of a lit lamp has a name, a paint is three numbers.
+            colour = o["colour"] if o["colour"] in commands.COLOURS else "none"
+            attributes = dict(trafficLightColor=colour, truncated=share < 0.95)
             labels.append(dict(category=category, box2d=dict(zip(EDGES, edges)), attributes=attributes))
     conditions = {name: spec[name] for name in DRAWN_VALUES}
     return dict(name=spec["name"] + ".png", labels=labels, attributes=conditions)
@@ -639,7 +646,7 @@ def draw_motorcycle(b, o, rng):
 def draw_rider(b, o, rng):
     """A person on a bicycle or motorcycle, which fills the lower 60% of the box."""
     # The vehicle is drawn in its own part of the box, the person in all of it.
-    whole = face_box(b.spec, o, o["z"])
+    whole, _ = faces(b.spec, o)
     category, lower = part_boxes(o, whole)[1]
     b.within(lower, o["z"])
     DRAW[category](b, o, rng)
@@ -705,7 +712,7 @@ def draw_background(b, spec, rng):
     # The far ground vanishes in the air, row by row.
     if spec["weather"] != "clear":
         rows = [(1 - horizon) * (k / 24) ** 2 for k in range(25)]
-        for upper, lower in zip(rows, rows[1:]):
+        for upper, lower in itertools.pairwise(rows):
             b.fade(horizon + upper, horizon + lower, spec["focal_y"] * spec["height"] / lower)
     kerb = {-1: spec["left"], 1: spec["right"]}
     for side in kerb:
@@ -740,7 +747,6 @@ def draw_road(b, spec, rng):
     elif spec["weather"] == "rainy":
         asphalt = tuple(0.6 * c for c in asphalt)
     left, yellow, right = spec["left"], spec["yellow"], spec["right"]
-    parking = SCENERY[spec["scene"]].parking
     # The road covers the middle of this strip; what is left of it are the pavements.
     if not highway:
         b.ground(left - 3, right + 3, 2, 120, SNOW if spec["weather"] == "snowy" else PAVEMENT)
@@ -754,8 +760,8 @@ def draw_road(b, spec, rng):
     for edge in (left, right):
         b.ground(edge - 0.12, edge + 0.12, 2, 120, PAINT if highway else KERB)
     b.ground(yellow - 0.1, yellow + 0.1, 2, 120, YELLOW)
-    for low, high in ((left + parking, yellow), (yellow, right - parking)):
-        for x in lane_middles(low, high)[1:]:
+    for middles in lanes(spec):
+        for x in middles[1:]:
             for z in range(3, 28, 5):
                 b.ground(x - LANE / 2 - 0.08, x - LANE / 2 + 0.08, z, z + 2.2, PAINT)
     if spec["crosswalk"]:
@@ -765,14 +771,11 @@ def draw_road(b, spec, rng):
 
 
 def draw_flank(b, spec, o):
-    """The side of a vehicle that the camera sees past its near face."""
-    # The side that is nearer to the camera's way; none if the vehicle stands in it.
-    x = min(max(0.0, o["x"] - o["w"] / 2), o["x"] + o["w"] / 2)
-    ends = []
-    for z in (o["z"], o["z"] + o["d"]):
-        u, bottom = project(spec, x, 0, z)
-        ends.append((u, project(spec, x, o["h"], z)[1], bottom))
-    if abs(ends[0][0] - ends[1][0]) * b.width < 2:
+    """The side of a vehicle that the camera sees past its near face: none if the vehicle stands in the camera's way."""
+    # The edge of both faces that is nearer to the camera's way
+    edge = 0 if o["x"] > 0 else 2
+    ends = [(face[edge], face[1], face[3]) for face in faces(spec, o)]
+    if abs(o["x"]) < o["w"] / 2 or abs(ends[0][0] - ends[1][0]) * b.width < 2:
         return
     # A vehicle that is seen from the side looks to the right.
     if o["facing"] == "front":
@@ -788,7 +791,7 @@ def draw_building(b, spec, rng, x, side, z1, z2):
     wall = rng.choice(WALLS)
     b.panel((x, x), 0, tall, (z1, z2), wall, 0.82)
     b.panel((x, x + side * 14), 0, tall, (z1, z1), wall)
-    glass = LIT_WINDOW if spec["timeofday"] != "daytime" else WINDOW
+    panes = [WINDOW, WINDOW if spec["timeofday"] == "daytime" else LIT_WINDOW]
     for low in range(1, int(tall) - 1, 3):
         # What is higher is above the picture.
         if low > spec["height"] + spec["horizon"] * z2 / spec["focal_y"]:
@@ -797,12 +800,11 @@ def draw_building(b, spec, rng, x, side, z1, z2):
         lintel = low + 1.8
         for k in range(3):
             start = x + side * (1.2 + 3.2 * k)
-            colour = rng.choice((WINDOW, glass))
-            b.panel((start, start + side * 1.6), sill, lintel, (z1, z1), colour)
+            b.panel((start, start + side * 1.6), sill, lintel, (z1, z1), rng.choice(panes))
         # Farther along the road a window would be narrower than a pixel.
         z = z1 + 1
         while z + 1.2 < min(z2, 30):
-            b.panel((x, x), sill, lintel, (z, z + 1.2), rng.choice((WINDOW, glass)))
+            b.panel((x, x), sill, lintel, (z, z + 1.2), rng.choice(panes))
             z += 3
 
 
@@ -849,7 +851,8 @@ def draw_scene(spec, size):
     draw_background(b, spec, random.Random(spec["seed"]))
     sunny = spec["weather"] == "clear" and spec["timeofday"] == "daytime"
     for o in sorted(spec["objects"], key=lambda o: -o["z"]):
-        x1, _, x2, y2 = box = face_box(spec, o, o["z"])
+        box, _ = faces(spec, o)
+        x1, _, x2, y2 = box
         width = x2 - x1
         b.within()
         # What hangs has a pole; what stands in the sun has a shadow.
@@ -897,7 +900,7 @@ FALLING = {"rainy": (5, 44), "snowy": (1, 110)}
 @cache
 def grain(width, height):
     """Noise for two pictures, drawn once: drawing it anew for every picture would take a third of the time."""
-    return np.random.default_rng(0).standard_normal(2 * 3 * width * height, dtype=np.float32)
+    return np.random.default_rng(0).standard_normal(2 * 3 * width * height, np.float32)
 
 
 def develop(image, spec):
@@ -916,7 +919,7 @@ def develop(image, spec):
     uneven = spec["shade"] if spec["weather"] == "clear" else 0.3 * spec["shade"]
     shade = np.ones((height, width), np.float32)
     for cells, strength in ((6, 0.3), (32, 0.2)):
-        patches = rng.standard_normal((cells, cells), dtype=np.float32) * (strength * uneven) + 1
+        patches = rng.standard_normal((cells, cells), np.float32) * (strength * uneven) + 1
         shade *= np.asarray(Image.fromarray(patches).resize(image.size, Image.BILINEAR))
     picture *= shade[..., None]
     if spec["weather"] in FALLING:
@@ -953,8 +956,8 @@ def propose_edit(spec, question, rng, cfg):
     if question.obeys_light():
         names.append("traffic light")
     category = rng.choice(names)
-    kind = KIND_OF.get(category, category)
-    about = [i for i, o in enumerate(objects) if category in KINDS[o["kind"]].categories]
+    kinds = [kind for kind, about in KINDS.items() if category in about.categories]
+    about = [i for i, o in enumerate(objects) if o["kind"] in kinds]
     action = rng.choice(("remove", "add", "move", "recolour"))
     # With two heads, the new colour would disagree with the other head's, and no answer would be certain.
     if action == "recolour" and category == "traffic light" and len(about) == 1:
@@ -963,8 +966,9 @@ def propose_edit(spec, question, rng, cfg):
         remove, add = about, [dict(light, colour=colour)]
     elif action == "remove" and about:
         remove, add = [rng.choice(about)], []
-    elif action == "add" and kind in KINDS:
-        remove, add = [], [sample_object(rng, spec, kind, cfg, question.place, rng.random() < 0.5)]
+    elif action == "add" and kinds:
+        # Of the kinds with such a label, the first stands alone, as a bicycle without a rider.
+        remove, add = [], [sample_object(rng, spec, kinds[0], cfg, question.place, rng.random() < 0.5)]
     elif action == "move" and about:
         i = rng.choice(about)
         old = objects[i]
@@ -1566,7 +1570,7 @@ def write_commands(folder, splits, truths, cfg):
     for name in SETS:
         # The held-out sets ask about the pictures of the test split.
         rows = np.flatnonzero(splits == name.split("_")[0])
-        asked, counts = _write_items(folder, name, make_items(name, rows, frames, truths, cfg), tokenizer, cfg)
+        asked, counts = _write_items(folder, name, make_items(name, rows, frames, truths, cfg), tokenizer)
         report[name] = dict(pictures=len(rows), **counts)
         if name in SPLITS and len(rows):
             report["dropped"][name] = ["/".join(filter(None, question)) for question in sorted(trained - asked)]
@@ -1616,7 +1620,7 @@ def packed(items, tokenizer):
     return tokens, index
 
 
-def _write_items(folder, name, items, tokenizer, cfg):
+def _write_items(folder, name, items, tokenizer):
     """Write a set of commands. Returns the set of their questions, and their counts for the report."""
     asked = set()
     families = Counter()
@@ -1642,10 +1646,10 @@ def _write_items(folder, name, items, tokenizer, cfg):
 def write_twins(folder, frames, items, cfg):
     """twins.jsonl: for each test question its flip and neutral edit of the scene (null where none was found)."""
     # {picture: {number of the item: its question}}
-    asked = {}
+    asked = defaultdict(dict)
     for k, item in enumerate(items):
         if item["answer"] is not None:
-            asked.setdefault(item["picture"], {})[k] = commands.question_of(item)
+            asked[item["picture"]][k] = commands.question_of(item)
     jobs = [(frames[picture]["name"], questions, cfg) for picture, questions in asked.items()]
     total = flips = 0
     with open(folder / "twins.jsonl", "w", encoding="utf-8") as file:

@@ -3567,7 +3567,7 @@ def bare(drawn, tmp_path_factory):
     for name in SETS[1:]:
         kept = [item for item in drawn.items[name] if name == "test" and item["picture"] in few]
         prepare._write_items(root / "data", name, [item for item in kept if item["family"] != "state"],
-                             Tokenizer(commands.vocabulary()), drawn.cfg)
+                             Tokenizer(commands.vocabulary()))
     (root / "data" / "twins.jsonl").write_text("")
     cfg = changed(drawn.cfg, data_dir=str(root / "data"))
     return save_untrained(small_run(SimpleNamespace(cfg=cfg), root / "out", **FEW), drawn.meta)
