@@ -121,7 +121,7 @@ def sample_scene(name, cfg):
 
     Names that begin with "ood" get a weather or time outside the filters, all others one inside.
     """
-    # The order of all draws from rng, here and in sample_object, is fixed: a new draw in between changes every scene.
+    # The order of all draws from rng, here and for the objects, is fixed: a new draw in between changes every scene.
     rng = random.Random(f"{name} {cfg.scene_seed}")
     kept = {name: values or DRAWN_VALUES[name] for name, values in filters_of(cfg, DRAWN_VALUES).items()}
     every = list(itertools.product(WEATHERS, TIMES))
@@ -161,6 +161,12 @@ def sample_scene(name, cfg):
         shade=rng.uniform(0.0, 0.7),                             # how uneven the light is
         objects=[])
     spec["focal_y"] = ASPECT * spec["focal"]                     # in picture heights
+    sample_objects(rng, spec, cfg)
+    return spec
+
+
+def sample_objects(rng, spec, cfg):
+    """Put objects of every kind into a scene that has none."""
     colour = rng.choice(commands.COLOURS)
     for kind, about in KINDS.items():
         # Up to two of a kind: two tries, the second with less chance.
@@ -178,7 +184,6 @@ def sample_scene(name, cfg):
         o = sample_object(rng, spec, "car", cfg, distances=(12, 70))
         if o:
             spec["objects"].append(o)
-    return spec
 
 
 def strips(spec, where):
@@ -239,7 +244,6 @@ def sample_object(rng, spec, kind, cfg, place="", near=None, distances=None):
     the largest, instead of those that follow from `near`.
     """
     about = KINDS[kind]
-    focal = spec["focal"]
     # The boxes of the others are the same for every try.
     others = [(other, clipped(object_box(spec, other))) for other in spec["objects"]]
     for _ in range(12):
@@ -269,9 +273,9 @@ def sample_object(rng, spec, kind, cfg, place="", near=None, distances=None):
         # Its place in the picture is drawn first, then one of the strips that lie there.
         third = commands.PLACES.index(place or rng.choice(commands.PLACES))
         # Vehicles may be cut by the edges of the picture, what is narrow is not.
-        beyond = (0.5 if about.length else -0.5) * width * focal / z
+        beyond = (0.5 if about.length else -0.5) * width * spec["focal"] / z
         borders = (0.02 - beyond, 1 / 3, 2 / 3, 0.98 + beyond)
-        least, largest = ((u - spec["centre"]) * z / focal for u in borders[third:third + 2])
+        least, largest = ((u - spec["centre"]) * z / spec["focal"] for u in borders[third:third + 2])
         there = [(max(least, a), min(largest, b), facing) for a, b, facing in strips(spec, where)
                  if a < largest and b > least]
         if not there:
@@ -283,8 +287,7 @@ def sample_object(rng, spec, kind, cfg, place="", near=None, distances=None):
         x = rng.uniform(x1, x2)
         colour = rng.choice(HEADS if kind == "light" else PAINTS)
         look = rng.randrange(2**31)
-        # What stands across the road shows its length. How far the others reach away from the camera matters for those
-        # whose flank is drawn.
+        # Across the road it shows its length; along the road that matters where its flank is drawn too.
         depth = 0.0
         if facing == "side" and about.length:
             width = about.length * scale
@@ -308,7 +311,7 @@ def is_clear(o, own, others):
             return False
         width = min(own[2], box[2]) - max(own[0], box[0])
         height = min(own[3], box[3]) - max(own[1], box[1])
-        if width > 0 and height > 0 and width * height >= 0.5 * min(area(own), area(box)):
+        if min(width, height) > 0 and width * height >= 0.5 * min(area(own), area(box)):
             return False
     return True
 
@@ -336,7 +339,7 @@ def object_box(spec, o):
 
 def clipped(box, width=1.0, height=1.0):
     """A box cut at the borders of a picture of this size."""
-    return [min(max(v, 0.0), side) for v, side in zip(box, (width, height, width, height))]
+    return [min(max(v, 0.0), side) for v, side in zip(box, 2 * (width, height))]
 
 
 def area(box):
@@ -365,15 +368,14 @@ def scene_frame(spec, cfg):
             inside = clipped(box, height=1 - spec["bonnet"])
             share = area(inside) / area(box)
             # No annotator would draw a box around what has nearly left the picture.
-            x1, y1, x2, y2 = edges = [round(v * side, 2) for v, side in zip(inside, size + size)]
+            x1, y1, x2, y2 = edges = [round(v * side, 2) for v, side in zip(inside, 2 * size)]
             if share < 0.15 or min(x2 - x1, y2 - y1) < 2:
                 continue
             # The colour of a lit lamp has a name, a paint is three numbers.
             colour = o["colour"] if o["colour"] in commands.COLOURS else "none"
             attributes = dict(trafficLightColor=colour, truncated=share < 0.95)
             labels.append(dict(category=category, box2d=dict(zip(EDGES, edges)), attributes=attributes))
-    conditions = {name: spec[name] for name in DRAWN_VALUES}
-    return dict(name=spec["name"] + ".png", labels=labels, attributes=conditions)
+    return dict(name=spec["name"] + ".png", labels=labels, attributes={name: spec[name] for name in DRAWN_VALUES})
 
 
 # ---- scenes: drawing ----
@@ -389,7 +391,6 @@ class Brush:
         self.haze_draw = ImageDraw.Draw(image, "RGBA")           # mixes its colours with what is there
         self.width, self.height = image.size
         self.spec = spec
-        self.haze = HAZE[spec["weather"]]
         self.light, self.air = HOURS[spec["timeofday"]]
         if spec["weather"] != "clear":
             self.air = [air * part for air, part in zip(AIR, self.light)]
@@ -407,7 +408,7 @@ class Brush:
 
     def far(self, z):
         # Beer-Lambert: light from behind more air is replaced by the air's own.
-        self.blend = 1 - math.exp(-self.haze * z)
+        self.blend = 1 - math.exp(-HAZE[self.spec["weather"]] * z)
 
     def points(self, points):
         found = []
@@ -435,6 +436,10 @@ class Brush:
 
     def rect(self, u1, v1, u2, v2, colour, shade=1.0):
         self.trapezoid((u1, u2, v1), (u1, u2, v2), colour, shade)
+
+    def band(self, v1, v2, colour, shade=1.0):
+        """A rectangle from side to side."""
+        self.rect(0, v1, 1, v2, colour, shade)
 
     def trapezoid(self, upper, lower, colour, shade=1.0):
         """A shape between two level edges, each (left, right, height)."""
@@ -532,16 +537,16 @@ def draw_car(b, o, rng):
         b.trapezoid((front + 0.06, 0.74, 0), (0.03 + front / 2, 0.92, cabin + 0.04), paint, 0.85)
         b.trapezoid((front + 0.09, 0.72, 0.07), (front, 0.84, cabin), GLASS)
         b.rect(0.48, 0, 0.52, cabin, paint, 0.85)
-        b.rect(0, cabin, 1, 0.82, paint)
-        b.rect(0, 0.70, 1, 0.84, paint, 0.6)
+        b.band(cabin, 0.82, paint)
+        b.band(0.70, 0.84, paint, 0.6)
         wheels(b, 0.10, 0.66, (0.20, 0.80))
         return
     roof = rng.uniform(0.06, 0.22)                               # how far the roof is from the sides: little on a van
     b.trapezoid((roof, 1 - roof, 0), (0.04, 0.96, cabin + 0.06), paint, 0.85)
     b.trapezoid((roof + 0.05, 0.95 - roof, 0.06), (0.13, 0.87, cabin), GLASS)
-    b.rect(0, cabin, 1, 0.86, paint)
+    b.band(cabin, 0.86, paint)
     tyres(b, 0.80)
-    b.rect(0, 0.72, 1, 0.88, paint, 0.5)
+    b.band(0.72, 0.88, paint, 0.5)
     b.rect(0.38, 0.64, 0.62, 0.73, WHITE, 0.8)                   # the plate
     lamps(b, o, cabin + 0.08, cabin + 0.22)
 
@@ -554,16 +559,16 @@ def draw_truck(b, o, rng):
         b.trapezoid((0.76, 0.92, 0.30), (0.76, 1, 0.56), paint)
         b.trapezoid((0.80, 0.91, 0.35), (0.80, 0.97, 0.56), GLASS)
         b.rect(0.76, 0.56, 1, 0.88, paint)
-        b.rect(0, 0.82, 1, 0.88, DARK)
+        b.band(0.82, 0.88, DARK)
         wheels(b, 0.065, 0.76, (0.12, 0.28, 0.86))
         return
     if o["facing"] == "rear":
-        b.rect(0, 0, 1, 0.84, cargo)
+        b.band(0, 0.84, cargo)
         b.rect(0.05, 0.04, 0.95, 0.78, cargo, 0.86)              # the doors
-        b.rect(0, 0.82, 1, 0.90, DARK)
+        b.band(0.82, 0.90, DARK)
         lamps(b, o, 0.81, 0.88)
     else:
-        b.rect(0, 0, 1, 0.45, cargo)
+        b.band(0, 0.45, cargo)
         b.rect(0.03, 0.26, 0.97, 0.90, paint)
         b.rect(0.09, 0.32, 0.91, 0.55, GLASS)
         b.rect(0.24, 0.62, 0.76, 0.80, DARK)
@@ -573,8 +578,8 @@ def draw_truck(b, o, rng):
 
 def draw_bus(b, o, rng):
     paint = o["colour"]
-    b.rect(0, 0, 1, 0.90, paint)
-    b.rect(0, 0.63, 1, 0.70, WHITE)
+    b.band(0, 0.90, paint)
+    b.band(0.63, 0.70, WHITE)
     if o["facing"] == "side":
         for left in (0.02, 0.22, 0.42, 0.62, 0.82):
             b.rect(left, 0.16, left + 0.17, 0.50, GLASS, 1.25)
@@ -671,7 +676,7 @@ def draw_rider(b, o, rng):
 
 
 def draw_light(b, o, rng):
-    b.rect(0, 0, 1, 1, HOUSING)
+    b.band(0, 1, HOUSING)
     if o["colour"] == "back":
         b.rect(0.12, 0.05, 0.88, 0.95, BACK)
         return
@@ -705,9 +710,9 @@ def draw_background(b, spec, rng):
     # The lower the sky, the more air is in front of it.
     for k in range(8):
         b.blend = k / 8
-        b.rect(0, horizon * k / 8, 1, horizon * (k + 1) / 8, zenith)
+        b.band(horizon * k / 8, horizon * (k + 1) / 8, zenith)
     b.blend = 0.0
-    b.rect(0, horizon, 1, 1, SNOW if spec["weather"] == "snowy" else scenery.ground, rng.uniform(0.9, 1.1))
+    b.band(horizon, 1, SNOW if spec["weather"] == "snowy" else scenery.ground, rng.uniform(0.9, 1.1))
     draw_road(b, spec, rng)
     # The far ground vanishes in the air, row by row.
     if spec["weather"] != "clear":
@@ -1069,12 +1074,11 @@ def labels_of(raw):
     """The list of labels of a raw record, of whichever format."""
     labels = raw.get("labels")
     if not labels:
-        match raw.get("frames"):
+        labels = raw.get("frames")
+        match labels:
             # 2018, a file for each picture: the objects are those of its only frame. Other frames are no labels.
             case [dict(only)]:
                 labels = only.get("objects")
-            case labels:
-                pass
     if isinstance(labels, list):
         return labels
     return [labels] if labels else []
@@ -1094,28 +1098,28 @@ def clean_record(raw):
     labels = []
     problems = []
     for label in labels_of(raw):
-        category = label.get("category") if isinstance(label, dict) else None
-        if not isinstance(category, str):
-            problems.append(("label", "malformed label", str(label)[:80]))
-            continue
-        category = NAMES.get(category, category)
+        match label:
+            case {"category": str(category)}:
+                category = NAMES.get(category, category)
+            case _:
+                problems.append(("label", "malformed label", str(label)[:80]))
+                continue
         if category not in commands.CATEGORIES:
             what = "unused" if category.startswith(UNUSED) else "label"
             problems.append((what, f"category '{category}'", "unknown"))
             continue
-        box = label.get("box2d")
         try:
-            edges = [float(box[k]) for k in EDGES]
+            edges = [float(edge) for edge in corners(label)]
         except (TypeError, KeyError, ValueError, OverflowError):
-            problems.append(("label", "no box", f"{category}, box2d {str(box)[:80]}"))
+            problems.append(("label", "no box", f"{category}, box2d {str(label.get('box2d'))[:80]}"))
             continue
         given = attributes_of(label)
         colour = lamp_colour(given.get("trafficLightColor")) if category == "traffic light" else "none"
         if colour not in (*commands.COLOURS, "none"):
             problems.append(("colour", "unknown colour", f"{category} {colour}"[:80]))
             colour = "none"
-        attributes = dict(trafficLightColor=colour)
-        attributes.update((k, given[k]) for k in ("occluded", "truncated") if isinstance(given.get(k), bool))
+        hidden = {k: given[k] for k in ("occluded", "truncated") if isinstance(given.get(k), bool)}
+        attributes = dict(trafficLightColor=colour, **hidden)
         labels.append(dict(category=category, attributes=attributes, box2d=dict(zip(EDGES, edges))))
     name = raw.get("name") if isinstance(raw.get("name"), str) else ""
     # 2018, a file for each picture: the name comes without its ending.
@@ -1147,7 +1151,7 @@ def fit_record(record, width, height, size):
             problems.append(("label", "box empty, inverted, outside the picture, or in shares of its sides",
                              f"{label['category']} {edges} in {width}x{height}"))
             continue
-        scaled = [round(v * new / old, 2) for v, new, old in zip(cut, size + size, (width, height, width, height))]
+        scaled = [round(v * new / old, 2) for v, new, old in zip(cut, 2 * size, 2 * (width, height))]
         labels.append(dict(label, box2d=dict(zip(EDGES, scaled))))
     return dict(record, labels=labels), problems
 
@@ -1304,15 +1308,6 @@ def bdd_records(cfg):
                         ", ".join(f"{value} {count}" for value, count in sorted(found.items())))
 
 
-def usual_size(records):
-    """(width, height) of most of the pictures of these records of bdd_records; None where none can be read."""
-    sizes = Counter()
-    for path, *_ in records:
-        with contextlib.suppress(BadPicture):
-            sizes[picture_and_sides(path, (1, 1))[1]] += 1
-    return max(sizes, key=sizes.get, default=None)
-
-
 # ---- splits and storage ----
 
 def split_of(name):
@@ -1330,12 +1325,10 @@ def split_of(name):
 
 
 def finish(frame, cfg, folder=""):
-    """The truths of QUESTIONS in a frame, which gets its split and what it shows; None for a frame that is too crowded.
+    """The truths of QUESTIONS in a frame, which gets its split and what it shows.
 
     folder: train or val of BDD100K, where the frame comes from.
     """
-    if cfg.max_complexity and len(frame["labels"]) > cfg.max_complexity:
-        return None
     split = "ood" if frame["name"].startswith("ood-") else split_of(frame["name"])
     # The val folder is then the whole test split, and the share of train that would be in it is trained on.
     if folder and cfg.val_is_test:
@@ -1350,9 +1343,11 @@ def finish(frame, cfg, folder=""):
             frame["labels"][o.label]["attributes"]["occluded"] = o.share < 0.7
     truths = commands.truths(view)
     seen = view.seen()
-    relations = [f"{commands.noun_of(o)} {commands.whereabouts(o)}" for o in seen]
-    available = Counter(q.family for q, truth in zip(QUESTIONS, truths) if truth != UNSURE)
-    frame.update(split=split, complexity=len(seen), relations=relations, available=available)
+    frame.update(
+        split=split,
+        complexity=len(seen),
+        relations=[f"{commands.noun_of(o)} {commands.whereabouts(o)}" for o in seen],
+        available=Counter(q.family for q, truth in zip(QUESTIONS, truths) if truth != UNSURE))
     return truths
 
 
@@ -1361,12 +1356,11 @@ def draw_one(job):
     name, cfg = job
     spec = sample_scene(name, cfg)
     frame = scene_frame(spec, cfg)
-    truths = finish(frame, cfg)
-    return None if truths is None else draw_scene(spec, size_of(cfg)), frame, truths, []
+    return draw_scene(spec, size_of(cfg)), frame, finish(frame, cfg), []
 
 
 def decode_one(job):
-    """(picture, frame, truths, problems) of a BDD100K record; without a picture the frame is not stored."""
+    """(picture, frame, truths, problems) of a BDD100K record; picture and truths are None where it is lost."""
     (path, folder, record, problems), usual, cfg = job
     # The record itself is unusable: its picture need not be looked at.
     if any(what == "frame" for what, _, _ in problems):
@@ -1378,10 +1372,7 @@ def decode_one(job):
     except BadPicture as error:
         return None, record, None, [("frame", error.kind, str(error))]
     frame, outside = fit_record(record, *sides, size_of(cfg))
-    truths = finish(frame, cfg, folder)
-    if truths is None:
-        return None, frame, None, []
-    return np.asarray(picture), frame, truths, problems + outside
+    return np.asarray(picture), frame, finish(frame, cfg, folder), problems + outside
 
 
 def progress(items, label, total=None):
@@ -1481,8 +1472,12 @@ def bdd_jobs(cfg, folder):
         file.writelines(json.dumps(record) + "\n" for record in bdd_records(cfg))
     records = Frames(path)
     total = len(records)
-    # A hundred pictures from all parts of the list tell which size is usual.
-    usual = usual_size(records[i] for i in range(0, total, max(1, total // 100)))
+    # A hundred pictures from all parts of the list tell which size is usual, if one of them can be read.
+    sizes = Counter()
+    for i in range(0, total, max(1, total // 100)):
+        with contextlib.suppress(BadPicture):
+            sizes[picture_and_sides(records[i][0], (1, 1))[1]] += 1
+    usual = max(sizes, key=sizes.get, default=None)
     return decode_one, ((record, usual, cfg) for record in records), total
 
 
@@ -1500,13 +1495,14 @@ def store_frames(folder, results, total, cfg):
     labels = crowded = 0
     with open(folder / "images.bin", "wb") as images, open(folder / "frames.jsonl", "w", encoding="utf-8") as frames:
         for picture, frame, truth, problems in results:
+            if picture is not None and 0 < cfg.max_complexity < len(frame["labels"]):
+                crowded += 1
+                continue
             for what, kind, reason in problems:
                 lost[what][kind] += 1
                 if what != "unused":
                     rejected.append((frame["name"], what, kind, reason))
             if picture is None:
-                # A frame without a picture and without a problem is too crowded.
-                crowded += not problems
                 continue
             images.write(picture)
             frames.write(json.dumps(dict(frame, index=len(splits))) + "\n")
@@ -1566,7 +1562,7 @@ def write_commands(folder, splits, truths, cfg):
     (folder / "vocab.json").write_text(json.dumps(tokenizer.words), encoding="utf-8")
     frames = Frames(folder / "frames.jsonl")
     report = dict(dropped={})
-    trained = {question for question in QUESTIONS if not question.held_out}
+    trained = set(QUESTIONS) - commands.HELD_OUT
     for name in SETS:
         # The held-out sets ask about the pictures of the test split.
         rows = np.flatnonzero(splits == name.split("_")[0])
@@ -1612,9 +1608,9 @@ def packed(items, tokenizer):
         ids, prompt = tokenizer.encode_text(item["command"], item["answer"], item["reason"])
         texts.extend(ids)
         index.extend((item["picture"], prompt, len(ids), -1 if item["answer"] is None else int(item["answer"])))
-    index = np.array(index, dtype=np.int32).reshape(-1, 4)
+    index = np.array(index, np.int32).reshape(-1, 4)
     longest = int(index[:, 2].max(initial=1))
-    tokens = np.zeros((len(index), longest), dtype=np.uint16)
+    tokens = np.zeros((len(index), longest), np.uint16)
     # A mask is filled row by row, so each text comes into its row; the rest stays 0, which is [PAD].
     tokens[np.arange(longest) < index[:, 2:3]] = texts
     return tokens, index
