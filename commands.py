@@ -31,7 +31,7 @@ ROAD_USERS = ("car", "truck", "bus", "train", "pedestrian", "rider", "bicycle", 
 HANGING = ("traffic light", "traffic sign")    # nearness shows in their height: their lower edge is in the air
 CATEGORIES = ROAD_USERS + HANGING
 LIGHTS = tuple(f"{colour} light" for colour in COLOURS)
-# Words for a category in commands. The first is the canonical one, used in every reason. No word may mean more than the
+# Words for a category in commands. The first is its own name, which every reason uses. No word may mean more than the
 # category, or less: not every rider is a cyclist, a bike may be a motorcycle, and a pick-up truck is no lorry.
 NOUNS = {
     "car": ("car", "passenger car"), "truck": ("truck",), "bus": ("bus", "city bus"),
@@ -79,12 +79,11 @@ def visible_shares(labels, width, height):
     they count as farthest.
     """
     grid = 64
-    sides = width, height, width, height
     owner = np.zeros((grid, grid), np.uint16)
     cells = []
     for label in labels:
         # Plain numbers: numpy is slower on four of them, and making twins calls this often.
-        x1, y1, x2, y2 = (round(edge * grid / side) for edge, side in zip(corners(label), sides))
+        x1, y1, x2, y2 = (round(edge * grid / side) for edge, side in zip(corners(label), 2 * (width, height)))
         # However thin a box is, it gets a cell.
         x1, y1 = min(x1, grid - 1), min(y1, grid - 1)
         cells.append((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
@@ -240,7 +239,7 @@ def noun_of(thing):
     """Its category in words; "red light" and the like for a light whose colour is known."""
     if thing.category == "traffic light" and thing.colour in COLOURS:
         return f"{thing.colour} light"
-    return NOUNS[thing.category][0]
+    return thing.category
 
 
 def whereabouts(thing):
@@ -260,16 +259,15 @@ def claim(view, name, place=None, near=None):
     """
     if name in LIGHTS:
         return light_words(view)
-    noun = NOUNS[name][0]
     found = view.certain(name, place, near)
     if found:
-        return f"{article(noun)} is {whereabouts(found[0])}"
+        return f"{article(name)} is {whereabouts(found[0])}"
     distance = "near" if near else ""
     asked = f"{distance} {AT.get(place, '')}".strip() or "in view"
     others = [o for o in view.certain(name) if o.place]
     # Without a place or distance, certain others would have been found.
     instead = f" , one is {whereabouts(others[0])}" if others else ""
-    return f"no {noun} is {asked}{instead}"
+    return f"no {name} is {asked}{instead}"
 
 
 def describe(view, limit, place=None):
@@ -420,10 +418,8 @@ class Question(namedtuple("Question", "template first second", defaults=("", "")
     @property
     def objects(self):
         """Categories that the command names."""
-        if self.template == "light":
-            return ("traffic light",)
-        other = "traffic light" if self.other in LIGHTS else self.other
-        return tuple(name for name in (self.category, other) if name)
+        other = "traffic light" if self.template == "light" or self.other in LIGHTS else self.other
+        return tuple(filter(None, (self.category, other)))
 
     @property
     def held_out(self):
@@ -496,7 +492,7 @@ class Question(namedtuple("Question", "template first second", defaults=("", "")
             causes.append(light_words(view))
         if blocked:
             blockers = [(o, place) for place in self.ways() for o in view.objects if blocks(o, place) == TRUE]
-            causes += [f"{article(NOUNS[o.category][0])} blocks the {SIDE[place]}" for o, place in blockers[:1]]
+            causes += [f"{article(o.category)} blocks the {SIDE[place]}" for o, place in blockers[:1]]
         else:
             ways = " or the ".join(SIDE[place] for place in self.ways())
             causes.append(f"nothing blocks the {ways}")
@@ -556,7 +552,8 @@ def vocabulary():
     """Every word that a command, a reason or a description can hold, sorted."""
     texts = [form for template in TEMPLATES.values() for form in template.paraphrases]
     for group in (DESCRIPTIONS, NOUNS, COLOUR_WORDS, PLACE_WORDS):
-        texts += [text for forms in group.values() for text in forms]
+        for forms in group.values():
+            texts += forms
     texts += [*SIDE.values(), "a an no one is and or , : ? near far on in view nothing blocks light the"]
     return sorted({word for text in texts for word in re.sub(r"\{\w+\}", " ", text).split()})
 
@@ -610,17 +607,16 @@ def understood(text):
 
 # ---- reading a reason back ----
 
-_CATEGORY = {NOUNS[category][0]: category for category in CATEGORIES}
 _PLACE = {AT[place]: place for place in PLACES}
 _WAY = {SIDE[place]: place for place in PLACES}
-_NOUN = "|".join([*_CATEGORY, *LIGHTS])
+_NOUN = "|".join(CATEGORIES + LIGHTS)
 _AT = "|".join(_PLACE)
 _SIDE = "|".join(_WAY)
 # One clause: the colour of the light, or who or that nothing blocks a way, or that nothing is there, or that an object
 # is there or is not.
 _CLAUSE = re.compile("|".join((
     "the light is (?P<colour>red|yellow|green)",
-    f"(?:nothing|an? (?P<blocker>{'|'.join(_CATEGORY)})) blocks the (?P<ways>(?:{_SIDE})(?: or the (?:{_SIDE}))*)",
+    f"(?:nothing|an? (?P<blocker>{'|'.join(CATEGORIES)})) blocks the (?P<ways>(?:{_SIDE})(?: or the (?:{_SIDE}))*)",
     f"nothing (?:in view|(?P<empty>{_AT}))",
     f"(?:(?:an?|(?P<no>no)) (?P<noun>{_NOUN}|light)(?: is)?|one is)(?: (?P<near>near|far))?(?: (?P<at>{_AT}|in view))?",
 )))
@@ -650,13 +646,13 @@ def _truth_of_clause(parts, noun, view):
         return view.shows(parts["colour"])
     if parts["ways"]:
         ways = [_WAY[side] for side in parts["ways"].split(" or the ")]
-        blocked = max(view.blocked(way, _CATEGORY.get(parts["blocker"])) for way in ways)
+        blocked = max(view.blocked(way, parts["blocker"]) for way in ways)
         return blocked if parts["blocker"] else 2 - blocked
     if parts[0].startswith("nothing"):
         return FALSE if view.seen(_PLACE.get(parts["empty"])) else TRUE
     near = {"near": True, "far": False}.get(parts["near"])
     place = _PLACE.get(parts["at"])
-    found = view.matching(_CATEGORY.get(noun, "traffic light"), place, near)
+    found = view.matching(noun if noun in CATEGORIES else "traffic light", place, near)
     there = max((truth for truth, o in found if noun not in LIGHTS or noun_of(o) == noun), default=FALSE)
     return 2 - there if parts["no"] else there
 
