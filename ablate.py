@@ -531,7 +531,7 @@ def draw_differences(table):
     """Accuracy compared with "full": the mean with its interval, and each seed."""
     rows = [row for row in table["rows"] if "p" in row["accuracy"]["difference"]]
     rows.sort(key=lambda row: row["accuracy"]["difference"]["value"])
-    figure, ((axes,),) = visualize.plot(1, 1, 0.9 + 0.2 * len(rows))
+    figure, (axes,) = visualize.plot(1, 1, 0.9 + 0.2 * len(rows))
     for y, row in enumerate(rows):
         pairs = row["accuracy"]["pairs"]
         axes.plot(pairs, [y] * len(pairs), "|", color=INK, ms=5, lw=0)
@@ -563,7 +563,7 @@ def draw_measures(table):
             times[i, j] = difference["value"] / (difference.get("detectable") or math.inf)
             texts[i, j] = f"{difference['value']:+.{DIGITS[names[j]]}f}"
     heads = [MEASURES[m].replace(" ", "\n", 1) + f"\nfull: {text_of(full[m], digits=DIGITS[m])}" for m in names]
-    figure, ((axes,),) = visualize.plot(1, 1, 1.2 + 0.2 * len(rows))
+    figure, (axes,) = visualize.plot(1, 1, 1.2 + 0.2 * len(rows))
     visualize.heat(axes, times, [row["variant"] for row in rows], heads, texts, cmap="PuOr",
                    norm=Normalize(-3, 3), bar="times detectable; purple: higher")
     return figure
@@ -813,20 +813,19 @@ def robustness_markdown(page):
 def draw_robustness(page):
     """Accuracy and likeness of the maps by the amount of each disturbance, next to its control."""
     kinds = [*(change.__name__ for change in AMOUNTS), "FGSM", "PGD"]
-    figure, axes = visualize.plot(2, len(kinds), 3.0, sharex="col", sharey="row")
-    for column, kind in zip(axes.T, kinds):
+    figure, upper, lower = visualize.plot(2, len(kinds), 3.0, sharex="col", sharey="row")
+    for above, below, kind in zip(upper, lower, kinds):
         # A few questions may lack one of the two answers, which leaves their accuracy undefined.
         rows = [row for row in page["rows"] if row["study"] == kind and row["accuracy"]["value"] is not None]
-        places = range(len(rows))
-        for axis, key in zip(column, ("accuracy", "cosine")):
-            visualize.band(axis, places, [row[key] for row in rows], label="disturbed")
-            visualize.band(axis, places, [row["control"][key] for row in rows], color=SERIES[3], label="control")
-            axis.axhline(page["rows"][0][key]["value"], color=INK, lw=0.6, ls=":")
-            axis.set_xticks(places, [row["name"] for row in rows])
-        column[0].set_title(kind)
-    axes[0, 0].set_ylabel("balanced accuracy, %")
-    axes[1, 0].set_ylabel("cosine to the clean map")
-    axes[0, 0].legend()
+        names = [row["name"] for row in rows]
+        for axis, key in ((above, "accuracy"), (below, "cosine")):
+            visualize.band(axis, names, [row[key] for row in rows], label="disturbed")
+            visualize.band(axis, names, [row["control"][key] for row in rows], SERIES[3], "control")
+            axis.axhline(page["rows"][0][key]["value"], **visualize.DOTTED)
+        above.set_title(kind)
+    upper[0].set_ylabel("balanced accuracy, %")
+    lower[0].set_ylabel("cosine to the clean map")
+    upper[0].legend()
     return figure
 
 
@@ -954,7 +953,7 @@ def lr_range(cfg):
     found, text = {}, ""
     stages = ("see", "read") if train.see_updates(cfg) else ("read",)
     figure, axes = visualize.plot(1, len(stages), 2.1)
-    for stage, axis in zip(stages, axes[0]):
+    for stage, axis in zip(stages, axes):
         title, names = STAGES[stage]
         # Each stage begins anew, with the same weights.
         torch.manual_seed(cfg.seed)

@@ -18,6 +18,7 @@ Shapes: P = rows * columns patches, n words of the command, L layers, H heads, T
 import base64
 import contextlib
 import csv
+import functools
 import html
 import io
 import json
@@ -52,7 +53,7 @@ from tokenizer import NO, YES, split_words
 
 # ---- answering ----
 
-Shot = namedtuple("Shot", "verdict probability reason words cross maps vision text picture boxes")
+Shot = namedtuple("Shot", "verdict probability reason words cross maps vision text picture boxes truth")
 
 
 def yes_no(true):
@@ -71,7 +72,8 @@ def answer(subject, picture, command):
         cross         float32 numpy (L, H, n + 1, rows, columns): one map per word; the last is that of the answer
         maps          their mean over layers and heads (n + 1, rows, columns)
         vision, text  self-attention, float32 numpy (layers, heads, P, P) and (L, H, T, T)
-        picture, boxes   the picture, and for each map the labels to outline: none, unless the caller adds them
+        picture       as given
+        boxes, truth  labels to outline for each map, and "YES", "NO" or "unsure": none, unless the caller adds them
     Raises UserError where the command and max_new_tokens are too long together.
     """
     cfg = subject.cfg
@@ -105,7 +107,7 @@ def answer(subject, picture, command):
     # [SOS] comes first and has no map; the map at `?` is that of the answer.
     cross = attn["cross"][:, :, 1:].reshape(cfg.text_layers, cfg.text_heads, -1, *subject.grid)
     return Shot(verdict, probability, subject.tokenizer.decode(reason), words, cross, cross.mean((0, 1)),
-                attn["vision"], attn["self"], picture, [()] * (len(words) + 1))
+                attn["vision"], attn["self"], picture, [()] * (len(words) + 1), None)
 
 
 def verdict_text(shot):
@@ -136,16 +138,17 @@ WIDTH = 7.1
 PANEL = 1.2                   # largest side of a panel
 FONT = 7.5                    # points
 SMALL = dict(fontsize=FONT - 1, color=QUIET)
+DOTTED = dict(color=INK, lw=0.6, ls=":")   # a line to compare with
 BACK = 0.78                   # mean grey of the picture below a map
 # Animations are for screens only; at the dots of print their files would be huge.
 SCREEN_DPI = 120
 LOOP = 5000                   # milliseconds of an animation
 matplotlib.rcdefaults()       # whatever a matplotlibrc of the user says
 plt.rcParams.update({
-    "font.size": FONT, "axes.titlesize": FONT + 0.5, "axes.labelsize": FONT, "xtick.labelsize": FONT - 0.5,
+    "font.size": FONT, "axes.titlesize": FONT + 0.5, "xtick.labelsize": FONT - 0.5,
     "ytick.labelsize": FONT - 0.5, "legend.fontsize": FONT - 0.5, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3,
-    "axes.titleweight": "bold", "axes.titlelocation": "left", "pdf.fonttype": 42, "axes.formatter.min_exponent": 2,
+    "axes.titleweight": "bold", "figure.titleweight": "bold", "axes.titlelocation": "left", "pdf.fonttype": 42, "axes.formatter.min_exponent": 2,
     "figure.max_open_warning": 0})        # an animation is a list of open figures
 
 
@@ -180,7 +183,7 @@ def save_animation(figures, path):
 
 def overlay(name, low):
     """matplotlib's 256 colours `name` for values from `low` to 1: clear at 0, less transparent the farther from it."""
-    colours = matplotlib.colormaps[name](np.linspace(0, 1, 256))
+    colours = matplotlib.colormaps[name](range(256))
     # Never opaque, so that the picture is seen below; the root makes small values visible.
     colours[:, 3] = np.abs(0.8 * np.linspace(low, 1, 256)) ** 0.5
     return ListedColormap(colours).with_extremes(under=(0, 0, 0, 0))
@@ -189,18 +192,7 @@ def overlay(name, low):
 OVERLAY = overlay("plasma_r", 0)
 CHANGE = overlay("PuOr", -1)
 
-Scale = namedtuple("Scale", "colours norm ticks name")
 
-
-def attention_scale(top):
-    """Colours for multiples of uniform attention from 1 to `top`. Logarithmic: 2 to 4 looks like 20 to 40."""
-    return Scale(OVERLAY, LogNorm(1, top), [2 ** k for k in range(16) if 2 ** k <= top], "attention / uniform")
-
-
-def change_scale(most):
-    """Colours for the difference of two maps, from -most to most, with 0 in the middle."""
-    ticks = [tick for tick in (-16, -4, -1, 0, 1, 4, 16) if abs(tick) <= most]
-    return Scale(CHANGE, SymLogNorm(1, vmin=-most, vmax=most), ticks, "(second − first) / uniform")
 
 
 # ---- drawing: panels, which hold pictures and maps ----
@@ -215,9 +207,9 @@ def is_change(panel):
     return panel.map is not None and panel.map.min() < 0
 
 
-def peak(panel):
-    """Largest value of a panel's map in multiples of uniform attention."""
-    return panel.map.size * np.abs(panel.map).max()
+def peak(maps):
+    """Largest value of maps (..., rows, columns) in multiples of uniform attention."""
+    return math.prod(maps.shape[-2:]) * np.abs(maps).max()
 
 
 def label_at(*edges):
@@ -236,8 +228,8 @@ def note_of(panel):
     if panel.map is None or is_change(panel):
         return panel.note
     flat = panel.map.ravel()
-    nats = rounded(entropy(flat), 2)
-    text = f"{panel.note}\nH {nats:.2f}, peak {peak(panel):.0f}×"
+    # Rounding can make an entropy of 0 negative, which would be printed as -0.00.
+    text = f"{panel.note}\nH {abs(entropy(flat)):.2f}, peak {peak(panel.map):.0f}×"
     if panel.boxes:
         share = cover(panel.boxes, panel.picture.shape[1::-1], panel.map.shape)
         text += f"\nbox {100 * mass_in_box(flat, share):.0f}%, {enrichment(flat, share):.1f}×"
@@ -254,19 +246,24 @@ def most_lines(texts):
     return max((len(text.splitlines()) for text in texts), default=0)
 
 
-def draw_panels(rows, title, subtitle, vmax=0.0):
+def draw_panels(rows, title, subtitle=None, vmax=0.0):
     """A figure of rows of panels; all their maps on one colour scale, in multiples of uniform attention.
 
-    rows: [(text left of the row, its panels)]; title, subtitle: text above and below; vmax: least upper end of the
-    scale, for figures that share one.
+    rows: [(text left of the row, its panels)]; title, subtitle: text above and below, which explains the maps if none
+    is given; vmax: least upper end of the scale, for figures that share one.
     """
-    # One scale for all maps, so that panels can be compared. Its upper end is at least 4 times uniform attention:
-    # else a map of noise would look as strong as one that finds an object.
-    shown = [panel for _, panels in rows for panel in panels if panel.map is not None]
-    changes = [peak(panel) for panel in shown if is_change(panel)]
-    maps = [peak(panel) for panel in shown if not is_change(panel)]
-    scale = attention_scale(max(4.0, vmax, *maps))
-    change = change_scale(max([2.0, *changes]))
+    every = [panel for _, panels in rows for panel in panels]
+    shown = [panel for panel in every if panel.map is not None]
+    changes = [peak(panel.map) for panel in shown if is_change(panel)]
+    maps = [peak(panel.map) for panel in shown if not is_change(panel)]
+    # One scale for all maps, so that panels can be compared: logarithmic, so that 2 to 4 looks like 20 to 40. Its upper
+    # end is at least 4 times uniform attention: else a map of noise would look as strong as one that finds an object.
+    scale = plt.cm.ScalarMappable(LogNorm(1, max(4.0, vmax, *maps)), OVERLAY)
+    # And one for all differences of two maps, with 0 in the middle.
+    most = max([2.0, *changes])
+    change = plt.cm.ScalarMappable(SymLogNorm(1, vmin=-most, vmax=most), CHANGE)
+    if subtitle is None:
+        subtitle = maps_line(shown[0].map.shape)
 
     # Inches that the colour bar and the texts of the rows take.
     margin = 0.9 + 0.9 * any(text for text, _ in rows)
@@ -276,7 +273,7 @@ def draw_panels(rows, title, subtitle, vmax=0.0):
     width = max(columns * size + margin, 4.6)
     # The figure's height is estimated from the lines of text in each row; the layout fits the panels into it.
     height = 0.7
-    pixels = next(panel.picture.shape for _, panels in rows for panel in panels)
+    pixels = every[0].picture.shape
     for _, panels in rows:
         labels = most_lines(wrapped(panel.label, size, font) for panel in panels)
         notes = most_lines(map(note_of, panels))
@@ -284,7 +281,7 @@ def draw_panels(rows, title, subtitle, vmax=0.0):
     figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="compressed", figsize=(width, height))
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
 
-    figure.suptitle(wrapped(title, width, FONT + 1.5), x=0.01, ha="left", fontsize=FONT + 1.5, weight="bold")
+    figure.suptitle(wrapped(title, width, FONT + 1.5), x=0.01, ha="left")
     figure.supxlabel(wrapped(subtitle, width, FONT - 1), x=0.01, ha="left", **SMALL)
     for line, (text, panels) in zip(axes, rows):
         line[0].text(-0.08, 0.5, wrapped(text, 1, FONT - 1), fontsize=FONT - 1, ha="right", va="center",
@@ -295,9 +292,9 @@ def draw_panels(rows, title, subtitle, vmax=0.0):
         for axis in line[len(panels):]:
             axis.axis("off")
     if changes:
-        colour_bar(axes, change)
+        colour_bar(axes, change, (-16, -4, -1, 0, 1, 4, 16), "(second − first) / uniform")
     if maps:
-        colour_bar(axes, scale)
+        colour_bar(axes, scale, [2 ** k for k in range(16)], "attention / uniform")
     return figure
 
 
@@ -316,7 +313,7 @@ def draw_panel(axes, panel, scale, size, font):
         # Pale and of little contrast, so that the colours on it can be compared with those of the bar.
         grey = np.asarray(ImageOps.autocontrast(Image.fromarray(panel.picture).convert("L"), 1)) / 255
         axes.imshow(BACK + 0.4 * (grey - grey.mean()), cmap="gray", vmin=0, vmax=1, extent=extent)
-        axes.imshow(panel.map * panel.map.size, scale.colours, scale.norm, extent=extent, interpolation="nearest")
+        axes.imshow(panel.map * panel.map.size, scale.cmap, scale.norm, extent=extent, interpolation="nearest")
     # A white rim, so that the green is seen on every colour.
     for label in panel.boxes:
         x1, y1, x2, y2 = corners(label)
@@ -324,11 +321,12 @@ def draw_panel(axes, panel, scale, size, font):
                                      path_effects=[withStroke(linewidth=1.9, foreground="white")]))
 
 
-def colour_bar(axes, scale):
-    mappable = plt.cm.ScalarMappable(scale.norm, scale.colours)
-    bar = axes[0, 0].figure.colorbar(mappable, ax=axes, fraction=0.05, pad=0.02, aspect=30)
-    bar.set_ticks(scale.ticks, labels=[f"{tick}×" for tick in scale.ticks])
-    bar.set_label(scale.name, fontsize=FONT - 1)
+def colour_bar(axes, scale, ticks, name):
+    """The colours of `scale` beside all axes, with those of the ticks that lie on it."""
+    ticks = [tick for tick in ticks if abs(tick) <= scale.norm.vmax]
+    bar = axes[0, 0].figure.colorbar(scale, ax=axes, fraction=0.05, pad=0.02, aspect=30)
+    bar.set_ticks(ticks, labels=[f"{tick}×" for tick in ticks])
+    bar.set_label(name, fontsize=FONT - 1)
     # The colours are partly transparent: they stand on the same grey as on a picture.
     bar.ax.set_facecolor(str(BACK))
     bar.ax.minorticks_off()
@@ -337,8 +335,9 @@ def colour_bar(axes, scale):
 # ---- drawing: plots ----
 
 def plot(rows, columns, height, **kwargs):
-    """(figure, axes (rows, columns)) that matplotlib lays out itself, WIDTH wide; height in inches."""
-    return plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **kwargs)
+    """(figure, axes of its first row (columns,), of its second, ...), WIDTH wide; height in inches."""
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **kwargs)
+    return figure, *axes
 
 
 def heat(axes, table, rows, columns, texts, cmap="cividis", norm=None, bar="", **labels):
@@ -366,15 +365,16 @@ def intervals(axes, rows, colour=SERIES[0], others=(), shift=0.0, label=None, ba
     bars: a bar and the value too; shift: of the dots, where several series share the names.
     """
     axes.plot([], [], "o", color=colour, label=label)        # for the legend, whatever has a value
-    for y, (name, estimate) in enumerate(rows.items()):
+    for k, (name, estimate) in enumerate(rows.items()):
+        y = k + shift
         value = estimate["value"]
         # Undefined where all questions of a group have the same true answer.
         if value is None:
-            axes.text(0.02, y + shift, "no data", transform=axes.get_yaxis_transform(), va="center", **SMALL)
+            axes.text(0.02, y, "no data", transform=axes.get_yaxis_transform(), va="center", **SMALL)
             continue
         shade = SERIES[3] if name in others else colour
-        axes.plot((estimate["low"], estimate["high"]), (y + shift, y + shift), color=shade)
-        axes.plot(value, y + shift, "o", color=shade)
+        axes.plot((estimate["low"], estimate["high"]), (y, y), color=shade)
+        axes.plot(value, y, "o", color=shade)
         if bars:
             axes.barh(y, value, 0.6, color=shade, alpha=0.35, lw=0)
             axes.annotate(f"{value:.1f}", (estimate["high"], y), (4, 0), textcoords="offset points", va="center",
@@ -389,11 +389,12 @@ def say_if_empty(axes, values):
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", **SMALL)
 
 
-def band(axes, x, estimates, **style):
-    """A line through evaluate.estimates at places x (n,), with their intervals."""
+def band(axes, names, estimates, colour=SERIES[0], label=None):
+    """A line through evaluate.estimates, with their intervals. names: what stands below each."""
     value, low, high = (np.array([e[k] for e in estimates]) for k in ("value", "low", "high"))
     say_if_empty(axes, value)
-    axes.errorbar(x, value, yerr=(value - low, high - value), **{"fmt": "o-", "color": SERIES[0], **style})
+    axes.errorbar(range(len(value)), value, (value - low, high - value), fmt="o-", color=colour, label=label)
+    axes.set_xticks(range(len(names)), names)
 
 
 # ---- figures of one scene and command; `shot` is what answer() returned ----
@@ -415,29 +416,33 @@ def shot_panel(shot, label, found=None):
     return Panel(shot.picture, found, label, shot.boxes[-1])
 
 
-def draw_words(shot, layer=None):
-    """A map for each word and for the answer: the mean of all layers, or one of them."""
-    layers, heads, _, *grid = shot.cross.shape
-    maps = shot.maps
-    rest = f"Mean of {layers} layers × {heads} heads."
-    vmax = 0.0
-    if layer is not None:
-        by_layer = shot.cross.mean(1)                    # (L, n + 1, rows, columns)
-        maps = by_layer[layer]
-        rest = f"Layer {layer}, mean of {heads} heads."
-        # The frames of an animation share one scale.
-        vmax = math.prod(grid) * by_layer.max()
+def answer_panel(shot, label):
+    """The same with the map of the answer."""
+    return shot_panel(shot, label, shot.maps[-1])
+
+
+def draw_maps(shot, maps, rest, vmax=0.0):
+    """A map (n + 1, rows, columns) for each word and for the answer. rest, vmax: as in maps_line and draw_panels."""
     names = shot.words + ["answer" if shot.verdict else "description"]
     panels = [shot_panel(shot, "picture")]
     panels += [Panel(shot.picture, *entry) for entry in zip(maps, names, shot.boxes)]
     # At most six in a row: with more, the texts below them would run into each other.
     columns = math.ceil(len(panels) / math.ceil(len(panels) / 6))
-    return draw_panels(in_rows(panels, columns), title_of(shot), maps_line(grid, rest), vmax)
+    return draw_panels(in_rows(panels, columns), title_of(shot), maps_line(maps.shape[1:], rest), vmax)
+
+
+def draw_words(shot):
+    """The mean map of each word and of the answer."""
+    layers, heads = shot.cross.shape[:2]
+    return draw_maps(shot, shot.maps, f"Mean of {layers} layers × {heads} heads.")
 
 
 def draw_layers(shot):
-    """The same layer by layer: a list of figures."""
-    return [draw_words(shot, layer) for layer in range(len(shot.cross))]
+    """The same layer by layer: a list of figures, the frames of an animation, on one scale."""
+    heads = shot.cross.shape[1]
+    by_layer = shot.cross.mean(1)                        # (L, n + 1, rows, columns)
+    return [draw_maps(shot, maps, f"Layer {layer}, mean of {heads} heads.", peak(by_layer))
+            for layer, maps in enumerate(by_layer)]
 
 
 def draw_heads(shot):
@@ -455,14 +460,14 @@ def draw_vision(shot):
     height = shot.picture.shape[0] / grid[0]             # of a patch, in pixels
     width = shot.picture.shape[1] / grid[1]
     outlined = label_at(column * width, row * height, (column + 1) * width, (row + 1) * height)
-    own = np.eye(math.prod(grid))
-    flow = own
+    flow = np.eye(math.prod(grid))
     rows = []
     for layer, weights in enumerate(shot.vision):
+        mean = weights.mean(0)
         # Half of a block's output comes from its attention, half from the residual path.
-        flow = (0.5 * weights.mean(0) + 0.5 * own) @ flow
+        flow = (mean @ flow + flow) / 2
         shown = {f"head {head}": found for head, found in enumerate(weights)}
-        shown["mean"] = weights.mean(0)
+        shown["mean"] = mean
         shown["rollout to here"] = flow
         rows.append((f"layer {layer}", [Panel(shot.picture, found[patch].reshape(grid), name, [outlined])
                                         for name, found in shown.items()]))
@@ -476,20 +481,19 @@ def draw_text(shot):
     tokens = ["[SOS]", *shot.words, "?"]
     past = np.tri(len(tokens), dtype=bool)               # and the token itself
     figure, axes = plot(1, len(shot.text), 2.9, sharey=True)
-    for layer, (axis, weights) in enumerate(zip(axes[0], shot.text.mean(1))):
+    for layer, (axis, weights) in enumerate(zip(axes, shot.text.mean(1))):
         # A square root, because a row of T tokens that look at all alike has only 1/T in each cell.
         heat(axis, np.where(past, weights, np.nan), tokens, tokens, "", norm=PowerNorm(0.5, 0, 1),
              title=f"layer {layer}")
         axis.tick_params("x", rotation=90)
-    axes[0, 0].set_ylabel("the token that looks ...")
+    axes[0].set_ylabel("the token that looks ...")
     # The first token tells nothing, and every token sees itself.
     earlier = np.tril(shot.text.mean((0, 1)), -1)[2:, 1:]
     most = ", ".join(f"{token} → {tokens[1:][k]}" for token, k in zip(tokens[2:], earlier.argmax(1)))
     most = f"The earlier word that each looks at most: {most}"
     figure.supxlabel("... at this token; grey: the future, hidden by the causal mask\n" + wrapped(most, WIDTH, FONT),
                      fontsize=FONT)
-    figure.suptitle("Self-attention of the decoder: which earlier words each word looks at", x=0.01, ha="left",
-                    weight="bold")
+    figure.suptitle("Self-attention of the decoder: which earlier words each word looks at", x=0.01, ha="left")
     figure.colorbar(axis.images[0], ax=axes, label="attention, mean of heads", fraction=0.02, pad=0.01)
     return figure
 
@@ -502,10 +506,10 @@ def draw_comparison(pairs):
         first, second = (shot.maps[-1] for shot in pair)
         apart = evaluate.distances(first.ravel(), second.ravel())
         note = "L2 {l2:.3f}\ncosine {cosine:.2f}\nJensen-Shannon {js:.3f}".format(**apart)
-        answers = [shot_panel(shot, f"{asked_text(shot)}\n{verdict_text(shot)}", shot.maps[-1]) for shot in pair]
+        answers = [answer_panel(shot, f"{asked_text(shot)}\n{verdict_text(shot)}") for shot in pair]
         change = Panel(picture, second - first, "second − first", note=note)
         rows.append(("", [Panel(picture, label="picture"), *answers, change]))
-    return draw_panels(rows, "One picture, two commands: where the answer looked", maps_line(first.shape))
+    return draw_panels(rows, "One picture, two commands: where the answer looked")
 
 
 SCENE = {"words": draw_words, "layers": draw_layers, "heads": draw_heads, "vision": draw_vision, "text": draw_text}
@@ -515,8 +519,9 @@ SCENE = {"words": draw_words, "layers": draw_layers, "heads": draw_heads, "visio
 class Report:
     """What all figures are drawn from. Raises UserError, with the command that makes what is missing.
 
-    subject, cfg, grid: evaluate.Subject, its settings, its patches; page: eval.json; failures: dicts; stored:
-    attention.npz; asked: evaluate.Questions of the page's split; meta: of the data; seed: of all random choices.
+    subject, cfg, grid: evaluate.Subject, its settings, its patches; size: (width, height) of pictures; page: eval.json;
+    failures: dicts; stored: attention.npz; nats: entropy of its answer maps; asked: evaluate.Questions of the page's split; at_places: those about an
+    object at a place that is there; meta: of the data; seed: of all random choices.
     """
 
     def __init__(self, cfg):
@@ -524,6 +529,7 @@ class Report:
         self.meta = self.subject.take_data()
         self.cfg = self.subject.cfg
         self.grid = self.subject.grid
+        self.size = prepare.size_of(self.cfg)
         self.seed = self.cfg.seed
         out = Path(self.cfg.out_dir)
         again = f"run python evaluate.py --out_dir={out} (and the --checkpoint and --data_dir given here, if any)"
@@ -539,48 +545,53 @@ class Report:
         here = f"format {evaluate.FORMAT}, step {self.subject.state['step']}, data {self.meta['hash']}"
         if found != here:
             raise UserError(f"{out / 'eval.json'} is of {found}; the checkpoint and data here want {here}: {again}")
+        self.nats = entropy(self.stored["answer_maps"].astype(np.float64))
         self.asked = evaluate.Questions(self.subject, self.meta, self.page["split"])
+        at_a_place = [question.template == "exists_at" for question in self.asked.questions]
+        self.at_places = np.flatnonzero(self.asked.truth & at_a_place)
 
-    def rng(self):
-        return np.random.default_rng(self.seed)
+    def some(self, found, count):
+        """Up to `count` of a list, drawn by the seed."""
+        order = np.random.default_rng(self.seed).permutation(len(found))
+        return [found[k] for k in order[:count]]
 
     def pictures(self):
         """Yield the questions (n,) of one picture after the other, both in an order drawn by the seed."""
-        rng = self.rng()
+        rng = np.random.default_rng(self.seed)
         for picture in rng.permutation(np.unique(self.asked.picture)):
             yield rng.permutation(np.flatnonzero(self.asked.picture == picture))
 
-    def command(self, i):
-        """Question i as people write it."""
-        return tidy(self.asked.items[i]["command"]) + "?"
 
-    def at_places(self):
-        """Which questions (n,) are about an object at a place, and it is there."""
-        return self.asked.truth & [question.template == "exists_at" for question in self.asked.questions]
 
     def boxes(self, i):
         """Labels to outline for each word of question i and, last, for its answer."""
         asked = self.asked
         return named_boxes(asked.frame(i), asked.view(i), asked.questions[i], asked.items[i]["command"])
 
+    @functools.cached_property
+    def example(self):
+        """The Shot that several figures show: of a question about an object at a place that is there."""
+        return self.shot(*self.some(self.at_places, 1))
+
     def shot(self, i):
-        """`answer` to question i, with the boxes of what it asks."""
+        """`answer` to question i, with the boxes of what it asks and the truth."""
         shot = answer(self.subject, self.asked.pixels(i), self.asked.items[i]["command"])
-        return shot._replace(boxes=self.boxes(i))
+        return shot._replace(boxes=self.boxes(i), truth=yes_no(self.asked.truth[i]))
 
     def drawn(self, spec, question, command):
-        """`answer` to a command about a scene drawn now, with the boxes of what it asks, and the scene's View."""
+        """The same for a command about a scene drawn now."""
         frame = prepare.scene_frame(spec, self.cfg)
         view = View(frame, self.cfg)
-        shot = answer(self.subject, prepare.draw_scene(spec, prepare.size_of(self.cfg)), command)
-        return shot._replace(boxes=named_boxes(frame, view, question, command)), view
+        shot = answer(self.subject, prepare.draw_scene(spec, self.size), command)
+        truth = ("NO", "unsure", "YES")[question.truth(view)]
+        return shot._replace(boxes=named_boxes(frame, view, question, command), truth=truth)
 
-    def panel(self, i, found=None, label=None, boxes=None, note=""):
-        """Question i's picture, with a map (P,) or without. label: the question; boxes: of its answer."""
+    def panel(self, i, found=None, **changes):
+        """Question i and its picture, with a map (P,) or without, and the boxes of its answer. changes: other fields."""
         if found is not None:
             found = found.reshape(self.grid)
-        boxes = self.boxes(i)[-1] if boxes is None else boxes
-        return Panel(self.asked.pixels(i), found, label or self.command(i), boxes, note)
+        own = Panel(self.asked.pixels(i), found, tidy(self.asked.items[i]["command"]) + "?", self.boxes(i)[-1])
+        return own._replace(**changes)
 
 
 def named_boxes(frame, view, question, command):
@@ -604,9 +615,9 @@ def figure_pictures(report):
     panels = []
     for i, *_ in islice(report.pictures(), 2 * COLUMNS):
         labels = asked.frame(i)["labels"]
-        seen = [labels[thing.label] for thing in asked.view(i).seen()]
-        label = f"{report.command(i)}\n{yes_no(asked.truth[i])}: {tidy(asked.items[i]['reason'])}"
-        panels.append(report.panel(i, label=label, boxes=seen))
+        panel = report.panel(i, boxes=[labels[thing.label] for thing in asked.view(i).seen()])
+        truth = f"{yes_no(asked.truth[i])}: {tidy(asked.items[i]['reason'])}"
+        panels.append(panel._replace(label=f"{panel.label}\n{truth}"))
     figure = draw_panels(in_rows(panels, COLUMNS), "Pictures and questions",
                          "Outlined: every object that counts as seen.")
     return figure, dict(n=len(panels), all=len(asked.frames))
@@ -615,17 +626,15 @@ def figure_pictures(report):
 def figure_scene(kind):
     """The figure function that draws SCENE[kind] of one YES question about an object at a place."""
     def figure(report):
-        where = report.at_places()
-        if not where.any():
+        if not len(report.at_places):
             return "No question about an object at a place has the answer YES."
-        shot = report.shot(report.asked.sample(1, report.seed, where)[0])
-        return SCENE[kind](shot), dict(n=where.sum(), command=asked_text(shot))
+        return SCENE[kind](report.example), dict(n=len(report.at_places), command=asked_text(report.example))
     return figure
 
 
 def named_in(report, name):
     """{question: (its token `name`, a kind or a place; boxes of what it names)}, for those where that is there."""
-    width, height = prepare.size_of(report.cfg)
+    width, height = report.size
     found = {}
     for i, question in enumerate(report.asked.questions):
         words = split_words(report.asked.items[i]["command"])
@@ -656,24 +665,22 @@ def figure_gallery(report):
         tokens, boxes = zip(*(named[i] for i in chosen))
         looks = report.subject.look(asked.jobs(chosen))
         maps = np.array([maps[:, :, token].mean((0, 1)) for token, (_, maps) in zip(tokens, looks)])
-        covers = np.array([cover(labels, prepare.size_of(report.cfg), report.grid) for labels in boxes])
+        covers = np.array([cover(labels, report.size, report.grid) for labels in boxes])
         text = f"“{name}”\nn={len(chosen)}\npoints {100 * pointing(maps, covers).mean():.0f}%\n(chance " \
                f"{100 * (covers > 0).mean():.0f}%)\nenriched {np.median(enrichment(maps, covers)):.1f}×"
-        examples = report.rng().permutation(len(chosen))[:COLUMNS]
+        examples = report.some(range(len(chosen)), COLUMNS)
         rows.append((text, [report.panel(chosen[k], maps[k], boxes=boxes[k]) for k in examples]))
     if not rows:
         return f"No word of these names what is there in {COLUMNS} questions."
-    title = "Where one word looks, scene after scene"
-    return draw_panels(rows, title, maps_line(report.grid)), dict(columns=COLUMNS)
+    return draw_panels(rows, "Where one word looks, scene after scene"), dict(columns=COLUMNS)
 
 
 def figure_comparison(report):
     asked = report.asked
-    where = report.at_places()
     pairs = []
     for questions in report.pictures():
         # Two objects that are there, each at its place: the maps should differ, if attention follows the command.
-        own = questions[where[questions]]
+        own = [i for i in questions if i in report.at_places]
         other = [i for i in own if asked.questions[i].category != asked.questions[own[0]].category]
         if other:
             pairs.append([report.shot(own[0]), report.shot(other[0])])
@@ -688,47 +695,46 @@ def figure_comparison(report):
 
 def figure_decides(report):
     asked = report.asked
-    where = report.at_places()
     rows = []
-    for i in asked.sample(4, report.seed, where):
+    for i in asked.sample(4, report.seed, report.at_places):
         shot = report.shot(i)
-        patches = np.arange(shot.maps[-1].size)
+        looked = shot.maps[-1].ravel()
+        patches = np.arange(len(looked))
         # All patches stay in the first picture; in each of the others one is hidden.
-        shown = [evaluate.hide(report.subject, asked.pixels(i), patches == hidden) for hidden in (-1, *patches)]
+        shown = [evaluate.hide(report.subject, shot.picture, patches == hidden) for hidden in (-1, *patches)]
         odds = report.subject.ask([(picture, [asked.prompts[i]]) for picture in shown])
         # What makes a NO likelier when it is hidden spoke for YES. The least number stands for "nothing mattered".
         lost = np.maximum(odds[0] - odds[1:], 1e-9)
         lost = lost / lost.sum()
-        alike = evaluate.distances(shot.maps[-1].ravel(), lost)["cosine"]
+        alike = evaluate.distances(looked, lost)["cosine"]
         rows.append((f"{asked_text(shot)}\n{verdict_text(shot)}", [
-            shot_panel(shot, "scene"), shot_panel(shot, "where it looked", shot.maps[-1]),
-            report.panel(i, lost, "what mattered", note=f"cosine {alike:.2f}")]))
+            shot_panel(shot, "scene"), answer_panel(shot, "where it looked"),
+            report.panel(i, lost, label="what mattered", note=f"cosine {alike:.2f}")]))
     if not rows:
         return "No question about an object at a place has the answer YES."
     title = "Where the answer looked, and what it depended on"
-    return draw_panels(rows, title, maps_line(report.grid)), dict(n=where.sum())
+    return draw_panels(rows, title), dict(n=len(report.at_places))
 
 
 STEPS = 24                     # of a pedestrian who crosses the street
 
 
 def walk(report):
-    """A pedestrian crosses a drawn street in STEPS steps: [(Shot, truth)] of "is there a pedestrian ahead" at each.
+    """A pedestrian crosses a drawn street in STEPS steps: [Shot] of "is there a pedestrian ahead" at each.
 
-    The truth is "YES", "NO" or "unsure". The scene has no other pedestrians, and nothing nearer than this one.
+    The scene has no other pedestrians, and nothing nearer than this one.
     """
     question = Question("exists_at", "pedestrian", "ahead")
     # In even light, so that people see as much as the model.
     spec = dict(prepare.sample_scene(f"walk {report.seed}", report.cfg), gain=1.0, gamma=1.0)
-    rng = random.Random(report.seed)
-    person = prepare.sample_object(rng, dict(spec, objects=[]), "pedestrian", report.cfg, question.place, near=True)
+    person = prepare.sample_object(random.Random(report.seed), dict(spec, objects=[]), "pedestrian", report.cfg,
+                                   "ahead", near=True)
     others = [o for o in spec["objects"] if o["z"] > person["z"] and o["kind"] != "pedestrian"]
     found = []
     for across in np.linspace(0.06, 0.94, STEPS):
         x = (across - spec["centre"]) * person["z"] / spec["focal"]
         scene = dict(spec, objects=[*others, dict(person, x=x)])
-        shot, view = report.drawn(scene, question, "is there a pedestrian ahead")
-        found.append((shot, ("NO", "unsure", "YES")[question.truth(view)]))
+        found.append(report.drawn(scene, question, "is there a pedestrian ahead"))
     return found
 
 
@@ -737,13 +743,13 @@ def figure_walk(report):
         return "Only a model of drawn scenes can be asked about a scene that is drawn anew."
     steps = walk(report)
     # One scale for all frames of the animation.
-    named = steps[0][0].words.index("pedestrian")
-    vmax = max(peak(Panel(shot.picture, found)) for shot, _ in steps for found in shot.maps[[named, -1]])
+    named = steps[0].words.index("pedestrian")
+    vmax = max(peak(shot.maps[[named, -1]]) for shot in steps)
     figures = []
-    for shot, truth in steps:
-        panels = [shot_panel(shot, f"truth: {truth}"),
+    for shot in steps:
+        panels = [shot_panel(shot, f"truth: {shot.truth}"),
                   Panel(shot.picture, shot.maps[named], "the word “pedestrian”", shot.boxes[named]),
-                  shot_panel(shot, f"the answer: {verdict_text(shot)}", shot.maps[-1])]
+                  answer_panel(shot, f"the answer: {verdict_text(shot)}")]
         figures.append(draw_panels([("", panels)], asked_text(shot), "", vmax))
     return figures, dict(steps=STEPS)
 
@@ -754,20 +760,17 @@ def figure_twins(report):
     if not edits:
         return "Only test scenes that prepare.py draws have twins; here none has."
     rows = []
-    for k in report.rng().permutation(len(edits))[:4]:
-        i, edit = edits[k]
-        command = asked.items[i]["command"]
-        # Drawn anew from the edited scene: all pixels that the edit does not touch stay the same.
-        twin, _ = report.drawn(prepare.apply_edit(asked.spec(i), edit), asked.questions[i], command)
+    for i, edit in report.some(edits, 4):
         shot = report.shot(i)
-        truth = asked.truth[i]
-        rows.append((report.command(i), [
-            shot_panel(shot, "scene"),
-            shot_panel(shot, f"{verdict_text(shot)}\ntruth {yes_no(truth)}", shot.maps[-1]),
+        # Drawn anew from the edited scene: all pixels that the edit does not touch stay the same.
+        edited = prepare.apply_edit(asked.spec(i), edit)
+        twin = report.drawn(edited, asked.questions[i], asked.items[i]["command"])
+        rows.append((asked_text(shot), [
+            shot_panel(shot, "scene"), answer_panel(shot, f"{verdict_text(shot)}\ntruth {shot.truth}"),
             shot_panel(twin, f"twin: {edit['kind']}"),
-            shot_panel(twin, f"{verdict_text(twin)}\ntruth {yes_no(not truth)}", twin.maps[-1])]))
+            answer_panel(twin, f"{verdict_text(twin)}\ntruth {twin.truth}")]))
     both = report.page["twins"]["both_right"]
-    figure = draw_panels(rows, "Twins: one edit flips the truth", maps_line(report.grid))
+    figure = draw_panels(rows, "Twins: one edit flips the truth")
     return figure, dict(shown=len(rows), all=len(edits), both=text_of(both, "%"), n=both["n"])
 
 
@@ -783,16 +786,16 @@ def figure_failures(report):
     maps = report.stored["failure_maps"][denied].mean((1, 2), np.float64)
     covers = np.array([asked.cover(i, asked.questions[i].evidence(asked.view(i)), report.grid) for i in missed])
     # A map is diffuse where it is more spread than nine of ten answers' maps.
-    usual = np.percentile(entropy(report.stored["answer_maps"].astype(np.float64)), 90)
+    usual = np.percentile(report.nats, 90)
     diffuse = entropy(maps) > usual
     hit = pointing(maps, covers) > 0.5
     rows = []
     for name, mine in {"wrong region": ~diffuse & ~hit, "diffuse": diffuse,
                        "right region, wrong answer": ~diffuse & hit}.items():
         text = f"{name}\nn={mine.sum()}\n{100 * mine.mean():.0f}%"
-        chosen = report.rng().permutation(np.flatnonzero(mine))[:COLUMNS]
+        chosen = report.some(np.flatnonzero(mine), COLUMNS)
         rows.append((text, [report.panel(missed[k], maps[k]) for k in chosen]))
-    figure = draw_panels(rows, "Objects that were there and were denied", maps_line(report.grid))
+    figure = draw_panels(rows, "Objects that were there and were denied")
     return figure, dict(n=len(missed), stored=len(where), usual=usual, chance=100 * (covers > 0).mean())
 
 
@@ -803,8 +806,7 @@ def figure_wrong(report):
         if not mine:
             continue
         panels = []
-        for k in report.rng().permutation(len(mine))[:COLUMNS]:
-            record = mine[k]
+        for record in report.some(mine, COLUMNS):
             p = max(record["p_yes"], 1 - record["p_yes"])
             note = f"said {yes_no(record['truth'] == 'NO')} ({100 * p:.0f}%)\ntruth: {tidy(record['reason'])}\n" \
                    f"{record['type']} error"
@@ -830,19 +832,19 @@ def figure_accuracy(report):
     controls = page["controls"]
     # The most accurate template stands on top; one without questions of both answers at the bottom.
     found = sorted(page["by"]["template"].items(), key=lambda entry: -(entry[1]["value"] or 0))
-    names = {template: example_of(template) for template, _ in found}
-    figure, ((left, middle, right),) = plot(1, 3, 4.2, width_ratios=(1, 1.1, 0.7))
+    scores = {example_of(template): {"model": entry, **page["controls_by_template"][template]}
+              for template, entry in found}
+    figure, (left, middle, right) = plot(1, 3, 4.2, width_ratios=(1, 1.1, 0.7))
     intervals(left, {"all": page["overall"], **page["by"]["family"], **controls}, others=controls)
     left.set(title="families, and controls", xlim=(0, 119))
-    intervals(middle, {names[template]: entry for template, entry in found}, shift=-0.3, label="model", bars=False)
     # The controls of each template stand below the model's dot.
-    for k, name in enumerate(controls):
-        rows = {names[template]: page["controls_by_template"][template][name] for template in names}
-        intervals(middle, rows, SERIES[3 - k], shift=0.2 * k - 0.1, label=name, bars=False)
+    for k, name in enumerate(("model", *controls)):
+        rows = {example: entries[name] for example, entries in scores.items()}
+        intervals(middle, rows, SERIES[-k], shift=0.2 * k - 0.3, label=name, bars=False)
     middle.set_title("kinds of question")
     figure.legend(loc="outside lower center", ncols=4)
     for axis in (left, middle):
-        axis.axvline(50, color=INK, lw=0.6, ls=":")
+        axis.axvline(50, **DOTTED)
         axis.set_xlabel("balanced accuracy, %")
     # The confusion matrix in shares of its rows follows from the recall of both answers.
     yes, no = (page["classification"][answer]["recall"] for answer in ("yes", "no"))
@@ -854,15 +856,14 @@ def figure_accuracy(report):
 def figure_complexity(report):
     figure, axes = plot(1, 3, 2.1, sharey=True)
     # A group without both true answers has no balanced accuracy; questions about no object have none of its kind.
-    for axis, name in zip(axes[0], ("objects seen in the scene", "objects of the asked kind", "words")):
+    for axis, name in zip(axes, ("objects seen in the scene", "objects of the asked kind", "words")):
         groups = {group: estimate for group, estimate in report.page["by"][name].items()
                   if estimate["value"] is not None and group != "none asked"}
-        band(axis, range(len(groups)), groups.values())
-        ticks = [f"{group}\nn={estimate['n']}" for group, estimate in groups.items()]
-        axis.set_xticks(range(len(groups)), ticks, fontsize=FONT - 1.5)
+        band(axis, [f"{group}\nn={estimate['n']}" for group, estimate in groups.items()], groups.values())
+        axis.tick_params("x", labelsize=FONT - 1.5)
         axis.set_xlabel(name)
         axis.margins(x=0.12)
-    axes[0, 0].set_ylabel("balanced accuracy, %")
+    axes[0].set_ylabel("balanced accuracy, %")
     return figure, {}
 
 
@@ -888,7 +889,7 @@ def figure_training(report):
     figure, axes = plot(1, len(shown), 1.9, sharex=True)
     # Where the first stage ends.
     stage = train.see_updates(cfg) * cfg.batch_size * cfg.grad_accum
-    for axis, (name, title) in zip(axes[0], shown.items()):
+    for axis, (name, title) in zip(axes, shown.items()):
         pictures, values = log[name]
         axis.plot(pictures, values, "o-" if len(values) < 50 else "-", color=SERIES[0], ms=2)
         say_if_empty(axis, values)
@@ -896,20 +897,20 @@ def figure_training(report):
         axis.axvline(stage / 1000, color=ACCENT, lw=0.8, ls="--")
     # The losses of the two stages differ by a factor of ten.
     if log["loss"][1]:
-        axes[0, 0].set_yscale("log")
+        axes[0].set_yscale("log")
     return figure, dict(every=cfg.log_every, clip=cfg.grad_clip, stage=stage)
 
 
 def figure_calibration(report):
     page = report.page["calibration"]
-    figure, ((raw, scaled, axis),) = plot(1, 3, 2.4)
+    figure, (raw, scaled, axis) = plot(1, 3, 2.4)
     for top, name, text in ((raw, "raw", "as trained"), (scaled, "scaled", f"temperature {page['temperature']:.2f}")):
         n, p, share = np.array(page[name]["bins"]).T
         # Where 95% of the bins of a calibrated model lie: its share of YES varies as a mean of n answers does.
         spread = 196 * np.sqrt(p * (1 - p) / n)
         error = page[name]["ece"]
         top.bar(p, 2 * spread, 0.045, 100 * p - spread, color="#d0d0d0", label="if calibrated")
-        top.plot((0, 1), (0, 100), color=INK, lw=0.6, ls=":")
+        top.plot((0, 1), (0, 100), **DOTTED)
         top.plot(p, 100 * share, color=SERIES[0], label="model")
         # A bin may hold a thousand times more answers than another: a root, so that small ones are seen.
         top.scatter(p, 100 * share, s=60 * np.sqrt(n / n.max()), color=SERIES[0])
@@ -919,11 +920,10 @@ def figure_calibration(report):
     raw.legend(loc="upper left")
 
     # Is the model surer where its attention is less spread?
-    nats = entropy(report.stored["answer_maps"].astype(np.float64))
     odds = report.stored["odds"]
     right = (odds > 0) == report.asked.truth[[report.asked.at[row] for row in report.stored["items"]]]
     for mine, colour, name in ((right, SERIES[0], "right"), (~right, SERIES[1], "wrong")):
-        axis.scatter(nats[mine], np.abs(odds[mine]), s=3, alpha=0.4, color=colour, lw=0, rasterized=True,
+        axis.scatter(report.nats[mine], np.abs(odds[mine]), s=3, alpha=0.4, color=colour, lw=0, rasterized=True,
                      label=f"{name}, n={mine.sum()}")
     axis.set(title="confidence and entropy\nof attention", xlabel="entropy of the answer's map, nats",
              ylabel="|log-odds| of the answer")
@@ -937,22 +937,21 @@ def figure_grounding(report):
     probe = report.page["attention"]["deletion_insertion"]
     if not all("scores" in found[kind] for kind in ("word", "answer")):
         return "No question of the sample names an object that is there."
-    figure, axes = plot(2, 2, 3.9, height_ratios=(1.15, 1))
-    for axis, (kind, name) in zip(axes[0], (("word", "the word of an object"), ("answer", "the answer"))):
+    figure, upper, lower = plot(2, 2, 3.9, height_ratios=(1.15, 1))
+    for axis, (kind, name) in zip(upper, (("word", "the word of an object"), ("answer", "the answer"))):
         rows = {who: scores["pointing"] for who, scores in found[kind]["scores"].items()}
-        intervals(axis, rows, others=[who for who in rows if who != "model"])
+        intervals(axis, rows, others=rows.keys() - {"model"})
         axis.set(title=f"{name}, n={rows['model']['n']}", xlim=(0, 110), xlabel="largest patch touches a box, %")
-    axes[0, 1].set_yticklabels([])
+    upper[1].set_yticklabels([])
     # The numbers of patches double from step to step: the first few matter most.
     patches = [round(math.prod(report.grid) * share) for share in probe["share_of_patches"]]
-    for axis, name, done in zip(axes[1], ("deletion", "insertion"), ("taken away", "shown")):
-        for curve, colour, label in (("random_curve", SERIES[3], "random order"), ("curve", SERIES[0], "by attention")):
-            band(axis, range(len(probe[name][curve])), probe[name][curve], color=colour, label=label)
-        axis.set_xticks(range(len(patches)), patches)
+    for axis, name, done in zip(lower, ("deletion", "insertion"), ("taken away", "shown")):
+        band(axis, patches, probe[name]["random_curve"], SERIES[3], "random order")
+        band(axis, patches, probe[name]["curve"], label="by attention")
         own, chance = (text_of(probe[name][order], digits=0) for order in ("attention", "random"))
         axis.set(title=f"{name}: area {own},\nrandom order {chance}", xlabel=f"patches {done}", ylim=(0, 103),
                  ylabel="p(YES), %")
-    axes[1, 0].legend()
+    lower[0].legend()
     return figure, dict(n=probe["deletion"]["difference"]["n"])
 
 
@@ -1008,7 +1007,7 @@ def figure_pairs(report):
     # Three standard errors of a share: of about 80 pairs hardly one lies farther from chance by chance.
     noise = 3 * np.sqrt(expected * (100 - expected) / np.maximum(n, 1))
     mixed[(n < 20) | (np.triu(n, 1) > 0) | (np.abs(mixed) < noise)] = np.nan
-    figure, ((left, right),) = plot(1, 2, 3.1)
+    figure, (left, right) = plot(1, 2, 3.1)
 
     def draw(axis, table, names, bar, **labels):
         most = max(1.0, np.nanmax(np.abs(table), initial=0))
@@ -1181,10 +1180,12 @@ HEAD = """<!doctype html>
 REPORT = HEAD + "<nav>@NAV@</nav>\n@BODY@\n</body></html>\n"
 
 
-def fill(template, **texts):
-    """The template with @NAME@ replaced by texts[name]."""
+def write_html(path, template, **texts):
+    """Write the template with @NAME@ replaced by texts[name]."""
     # One pass: what is filled in may itself hold an @, and is left alone. str.format would trip over CSS's braces.
-    return re.sub("@([A-Z]+)@", lambda match: texts[match[1].lower()], template)
+    filled = re.sub("@([A-Z]+)@", lambda match: texts[match[1].lower()], template)
+    evaluate.write(path, filled)
+    print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def base64_text(data):
@@ -1204,7 +1205,7 @@ def table_html(header, rows):
     return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 
 
-def figure_html(name, path, caption, dpi):
+def figure_html(name, path, caption):
     """The picture file in the page itself, at its printed size, with its caption; the caption alone without a file."""
     words = f"<figcaption><b>{name.capitalize()}.</b> {html.escape(caption)}</figcaption></figure>"
     if not path:
@@ -1212,19 +1213,19 @@ def figure_html(name, path, caption, dpi):
     with Image.open(path) as image:
         if path.suffix == ".webp":
             # An animation stays as it is: its frames would be lost.
-            dpi = SCREEN_DPI
             source = "data:image/webp;base64," + base64_text(path.read_bytes())
         else:
             # The dots of print are more than a screen shows.
             small = image.convert("RGB")
             small.thumbnail((1700, 10000))
             source = web_picture(small)
-    inches = image.width / dpi
+    # An animation does not say how many dots an inch has.
+    inches = image.width / image.info.get("dpi", [SCREEN_DPI])[0]
     return f'<figure><div class="wide"><img src="{source}" alt="Figure: {name}" ' \
            f'style="--w: {128 * inches:.0f}px"></div>{words}'
 
 
-def study(path, figures, dpi):
+def study(path, *figures):
     """What ablate.py wrote, as its text, with the figures next to it; "" where there is no such file."""
     body = ""
     if path.exists():
@@ -1232,7 +1233,7 @@ def study(path, figures, dpi):
     for name in figures:
         figure = path.with_name(f"{name}.png")
         if figure.exists():
-            body += figure_html(name, figure, "From python ablate.py.", dpi)
+            body += figure_html(name, figure, "From python ablate.py.")
     return body
 
 
@@ -1294,32 +1295,31 @@ def failure_types(report):
     return f"<p>{text}</p>{table_html(('family', *kinds), rows)}"
 
 
-def write_report(path, report, drawn):
-    """One HTML file with everything in it. drawn: {name: (file of the figure, caption)}."""
+def write_report(report, drawn):
+    """out_dir/report.html: one file with everything in it. drawn: {name: (file of the figure, caption)}."""
     page = report.page
-    dpi = report.cfg.dpi
     out = Path(report.cfg.out_dir)
     sections = {
         "summary": summary(page), "results": results(page) + all_numbers(page),
         "data": table_html(*prepare.sets_table(report.meta["report"])), "model": "",
-        "training": study(out / "lr_range.md", ("lr_range",), dpi) + study(out / "bench.json", (), dpi), "accuracy": "",
+        "training": study(out / "lr_range.md", "lr_range") + study(out / "bench.json"), "accuracy": "",
         "attention": "<p>Colour: how many times more attention than an even spread, all maps of a figure on one scale. "
         "Outlined in green: the labelled boxes of what a word names and, for the answer, of what makes it YES. No box "
         "is used in training.</p>", "calibration": "", "failures": failure_types(report),
-        "ablations": study(out.parent / "ablation" / "table.md", ("differences", "measures"), dpi),
-        "robustness": study(out / "robustness.md", ("robustness",), dpi), "limits": limits(page)}
+        "ablations": study(out.parent / "ablation" / "table.md", "differences", "measures"),
+        "robustness": study(out / "robustness.md", "robustness"), "limits": limits(page)}
     body, nav = [], []
     # A section without text and figures, such as ablations that nobody ran, does not appear.
     for section, text in sections.items():
-        figures = [figure_html(name, *drawn[name], dpi) for name in FIGURES.get(section, ()) if name in drawn]
+        figures = [figure_html(name, *drawn[name]) for name in FIGURES.get(section, ())]
         if text or figures:
             nav.append(f'<a href="#{section}">{section}</a>')
             body += [f'<h2 id="{section}">{section.capitalize()}</h2>{text}', *figures]
     about = f"Checkpoint of update {page['step']}, {page['split']} split, data {page['data_hash']}. Balanced " \
             "accuracy in %, 95% intervals from a bootstrap over pictures. Made by python visualize.py. Every example " \
             f"was drawn at random with seed {report.seed}."
-    path.write_text(fill(REPORT, title="What the model sees, and where it looks", about=about, nav=" ".join(nav),
-                         body="\n".join(body)), encoding="utf-8")
+    write_html(out / "report.html", REPORT, title="What the model sees, and where it looks", about=about,
+               nav=" ".join(nav), body="\n".join(body))
 
 
 # ---- the interactive page ----
@@ -1429,27 +1429,23 @@ def make_page(cfg):
     # The sizes of the checkpoint, which may differ from those given here.
     cfg = report.cfg
     asked = report.asked
-
-    def scene(name, answers):
-        """answers: (Shot, truth) of each command about one picture."""
+    def scene(name, shots):
+        """What the page shows of a picture and the answers about it."""
         entries = []
-        for shot, truth in answers:
+        for shot in shots:
             boxes = [[corners(label) for label in labels] for labels in shot.boxes]
             entries.append(dict(text=asked_text(shot), words=shot.words + ["answer"], said=verdict_text(shot),
-                                truth=truth, reason=tidy(shot.reason), boxes=boxes, maps=packed(np.sqrt(shot.cross))))
-        return dict(name=name, commands=entries, image=web_picture(Image.fromarray(np.asarray(shot.picture))))
-
-    def shots(questions):
-        return [(report.shot(i), yes_no(asked.truth[i])) for i in questions]
-    scenes = [scene(asked.frame(questions[0])["name"], shots(questions[:EACH]))
+                                truth=shot.truth, reason=tidy(shot.reason), boxes=boxes, maps=packed(np.sqrt(shot.cross))))
+        return dict(name=name, commands=entries, image=web_picture(Image.fromarray(shot.picture)))
+    scenes = [scene(asked.frame(questions[0])["name"], map(report.shot, questions[:EACH]))
               for questions in islice(report.pictures(), SCENES)]
-    failed = [asked.at[report.failures[k]["item"]] for k in report.rng().permutation(len(report.failures))[:WRONG]]
-    scenes += [scene(f"wrong answer: {asked.frame(i)['name']}", shots([i])) for i in failed]
+    scenes += [scene(f"wrong answer: {record['frame']}", [report.shot(asked.at[record["item"]])])
+               for record in report.some(report.failures, WRONG)]
     if cfg.source == "drawn":
-        scenes += [scene(f"a pedestrian walks: step {k}", [step]) for k, step in enumerate(walk(report), 1)]
+        scenes += [scene(f"a pedestrian walks: step {k}", [shot]) for k, shot in enumerate(walk(report), 1)]
     # Upper end of the scale: a head rarely looks at fewer than four patches.
     top = math.prod(report.grid) / 4
-    data = dict(scenes=scenes, grid=report.grid, size=prepare.size_of(cfg), layers=cfg.text_layers,
+    data = dict(scenes=scenes, grid=report.grid, size=report.size, layers=cfg.text_layers,
                 heads=cfg.text_heads, top=top, colours=packed(OVERLAY.colors))
     about = "Choose a scene, a command, and one of its words. Then choose a layer and a head, or the average of all. " \
             "Colour: how many times more attention than an even spread. Boxes show what the word names. " \
@@ -1458,9 +1454,7 @@ def make_page(cfg):
             f"who crosses a street. Checkpoint of update {report.page['step']}. <a href='report.html'>The report</a>."
     # Inside a script, "</" could end it; in a string, "<\\/" means the same.
     text = json.dumps(data).replace("</", "<\\/")
-    path = Path(cfg.out_dir) / "page.html"
-    path.write_text(fill(PAGE, title="Where does each word look?", about=about, data=text), encoding="utf-8")
-    print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
+    write_html(Path(cfg.out_dir) / "page.html", PAGE, title="Where does each word look?", about=about, data=text)
 
 
 # ---- the script ----
@@ -1476,13 +1470,12 @@ def answer_picture(cfg):
     # Commands are checked before anything is answered.
     asked = [commands.understood(text) for text in (cfg.command, cfg.command2) if text]
     picture, sides = prepare.picture_and_sides(cfg.image, prepare.size_of(cfg))
-    picture = np.asarray(picture)
     # Maps are shown on the picture itself, in its own shape.
     less = min(1, LARGEST / max(sides))
     own, _ = prepare.picture_and_sides(cfg.image, [math.ceil(side * less) for side in sides])
     shots = []
     for texts in asked:
-        tried = [answer(subject, picture, text) for text in texts]
+        tried = [answer(subject, np.asarray(picture), text) for text in texts]
         # Of several, the surest YES; without any, the surest NO.
         shot = max(tried, key=lambda shot: (shot.verdict == "YES", shot.probability))
         shots.append(shot._replace(picture=np.asarray(own)))
@@ -1526,9 +1519,7 @@ def make_report(cfg):
         files = save(figure, out / name, cfg.dpi, name in PLOTS)
         drawn[name] = files[0], CAPTIONS[name].format(seed=report.seed, split=report.page["split"], **fields)
         print("figure:", *files, flush=True)
-    path = Path(cfg.out_dir) / "report.html"
-    write_report(path, report, drawn)
-    print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
+    write_report(report, drawn)
 
 
 def main(cfg):
