@@ -32,12 +32,12 @@ from itertools import islice
 from pathlib import Path
 
 import matplotlib
-# No display is needed. This has to come before pyplot, which picks one.
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt                             # noqa: E402
 import numpy as np
 import torch
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm, Normalize, PowerNorm, SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image, ImageOps
 
@@ -102,11 +102,11 @@ def answer(subject, picture, command):
         spoken = [YES if odds >= 0 else NO]
     prompt = torch.tensor([ids + spoken], device=subject.device)
     new = subject.model.generate(subject.model.encode(images), prompt, cfg.max_new_tokens - len(spoken), beam=cfg.beam)
-    reason = [i for i in new[0].tolist() if i not in (YES, NO)]
+
 
     # [SOS] comes first and has no map; the map at `?` is that of the answer.
     cross = attn["cross"][:, :, 1:].reshape(cfg.text_layers, cfg.text_heads, -1, *subject.grid)
-    return Shot(verdict, probability, subject.tokenizer.decode(reason), words, cross, cross.mean((0, 1)),
+    return Shot(verdict, probability, subject.tokenizer.decode(new[0].tolist()), words, cross, cross.mean((0, 1)),
                 attn["vision"], attn["self"], picture, [()] * (len(words) + 1), None)
 
 
@@ -144,18 +144,17 @@ BACK = 0.78                   # mean grey of the picture below a map
 SCREEN_DPI = 120
 LOOP = 5000                   # milliseconds of an animation
 matplotlib.rcdefaults()       # whatever a matplotlibrc of the user says
-plt.rcParams.update({
+matplotlib.rcParams.update({
     "font.size": FONT, "axes.titlesize": FONT + 0.5, "xtick.labelsize": FONT - 0.5,
     "ytick.labelsize": FONT - 0.5, "legend.fontsize": FONT - 0.5, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3,
-    "axes.titleweight": "bold", "figure.titleweight": "bold", "axes.titlelocation": "left", "pdf.fonttype": 42, "axes.formatter.min_exponent": 2,
-    "figure.max_open_warning": 0})        # an animation is a list of open figures
+    "axes.titleweight": "bold", "figure.titleweight": "bold", "axes.titlelocation": "left", "pdf.fonttype": 42, "axes.formatter.min_exponent": 2})
 
 
 def save(drawn, path, dpi, vector=False):
     """Write a figure to path.png and, with `vector`, to path.pdf; a list of figures, as an animation, to path.webp.
 
-    Closes the figures and returns the files.
+    Returns the files.
     """
     if isinstance(drawn, list):
         return save_animation(drawn, path)
@@ -164,18 +163,16 @@ def save(drawn, path, dpi, vector=False):
         files.append(Path(f"{path}.pdf"))
     for file in files:
         drawn.savefig(file, dpi=dpi, bbox_inches="tight", pad_inches=0.05)
-    plt.close(drawn)
     return files
 
 
 def save_animation(figures, path):
-    """Write figures as the frames of path.webp. Closes them and returns the file in a list, as `save` does."""
+    """Write figures as the frames of path.webp. Returns the file in a list, as `save` does."""
     frames = []
     for figure in figures:
-        figure.set_dpi(SCREEN_DPI)
-        figure.canvas.draw()
-        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
-        plt.close(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=SCREEN_DPI)
+        frames.append(Image.open(buffer).convert("RGB"))
     file = Path(f"{path}.webp")
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=LOOP // len(frames), loop=0, quality=85)
     return [file]
@@ -258,10 +255,10 @@ def draw_panels(rows, title, subtitle=None, vmax=0.0):
     maps = [peak(panel.map) for panel in shown if not is_change(panel)]
     # One scale for all maps, so that panels can be compared: logarithmic, so that 2 to 4 looks like 20 to 40. Its upper
     # end is at least 4 times uniform attention: else a map of noise would look as strong as one that finds an object.
-    scale = plt.cm.ScalarMappable(LogNorm(1, max(4.0, vmax, *maps)), OVERLAY)
+    scale = ScalarMappable(LogNorm(1, max(4.0, vmax, *maps)), OVERLAY)
     # And one for all differences of two maps, with 0 in the middle.
     most = max([2.0, *changes])
-    change = plt.cm.ScalarMappable(SymLogNorm(1, vmin=-most, vmax=most), CHANGE)
+    change = ScalarMappable(SymLogNorm(1, vmin=-most, vmax=most), CHANGE)
     if subtitle is None:
         subtitle = maps_line(shown[0].map.shape)
 
@@ -278,7 +275,8 @@ def draw_panels(rows, title, subtitle=None, vmax=0.0):
         labels = most_lines(wrapped(panel.label, size, font) for panel in panels)
         notes = most_lines(map(note_of, panels))
         height += size * pixels[0] / pixels[1] + 0.1 + (1.2 * font * labels + 1.15 * (font - 1) * notes) / 72
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="compressed", figsize=(width, height))
+    figure = Figure((width, height), layout="compressed")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
 
     figure.suptitle(wrapped(title, width, FONT + 1.5), x=0.01, ha="left")
@@ -317,8 +315,8 @@ def draw_panel(axes, panel, scale, size, font):
     # A white rim, so that the green is seen on every colour.
     for label in panel.boxes:
         x1, y1, x2, y2 = corners(label)
-        axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=BOX, lw=0.9,
-                                     path_effects=[withStroke(linewidth=1.9, foreground="white")]))
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=BOX, lw=0.9,
+                                 path_effects=[withStroke(linewidth=1.9, foreground="white")]))
 
 
 def colour_bar(axes, scale, ticks, name):
@@ -336,13 +334,12 @@ def colour_bar(axes, scale, ticks, name):
 
 def plot(rows, columns, height, **kwargs):
     """(figure, axes of its first row (columns,), of its second, ...), WIDTH wide; height in inches."""
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **kwargs)
-    return figure, *axes
+    figure = Figure((WIDTH, height), layout="constrained")
+    return figure, *figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
 def heat(axes, table, rows, columns, texts, cmap="cividis", norm=None, bar="", **labels):
     """A heat map; texts: a format for its cells, or a list of lists of texts. Cells that are NaN stay empty."""
-    table = np.asarray(table, float)
     image = axes.imshow(table, matplotlib.colormaps[cmap].with_extremes(bad="#e8e8e8"), norm, aspect="auto")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
@@ -680,10 +677,12 @@ def figure_comparison(report):
     pairs = []
     for questions in report.pictures():
         # Two objects that are there, each at its place: the maps should differ, if attention follows the command.
-        own = [i for i in questions if i in report.at_places]
-        other = [i for i in own if asked.questions[i].category != asked.questions[own[0]].category]
-        if other:
-            pairs.append([report.shot(own[0]), report.shot(other[0])])
+        kinds = {}
+        for i in questions:
+            if i in report.at_places:
+                kinds.setdefault(asked.questions[i].category, i)
+        if len(kinds) > 1:
+            pairs.append([report.shot(i) for i in islice(kinds.values(), 2)])
         if len(pairs) == 3:
             break
     if not pairs:
@@ -784,7 +783,7 @@ def figure_failures(report):
         return "No wrong answer denies an object that is there."
     missed = [where[k] for k in denied]
     maps = report.stored["failure_maps"][denied].mean((1, 2), np.float64)
-    covers = np.array([asked.cover(i, asked.questions[i].evidence(asked.view(i)), report.grid) for i in missed])
+    covers = np.array([cover(report.boxes(i)[-1], report.size, report.grid) for i in missed])
     # A map is diffuse where it is more spread than nine of ten answers' maps.
     usual = np.percentile(report.nats, 90)
     diffuse = entropy(maps) > usual
@@ -831,9 +830,9 @@ def figure_accuracy(report):
     page = report.page
     controls = page["controls"]
     # The most accurate template stands on top; one without questions of both answers at the bottom.
-    found = sorted(page["by"]["template"].items(), key=lambda entry: -(entry[1]["value"] or 0))
+    best_first = sorted(page["by"]["template"].items(), key=lambda entry: -(entry[1]["value"] or 0))
     scores = {example_of(template): {"model": entry, **page["controls_by_template"][template]}
-              for template, entry in found}
+              for template, entry in best_first}
     figure, (left, middle, right) = plot(1, 3, 4.2, width_ratios=(1, 1.1, 0.7))
     intervals(left, {"all": page["overall"], **page["by"]["family"], **controls}, others=controls)
     left.set(title="families, and controls", xlim=(0, 119))
@@ -896,8 +895,7 @@ def figure_training(report):
         axis.set(title=title, xlabel="pictures / 1000", xlim=(0, None))
         axis.axvline(stage / 1000, color=ACCENT, lw=0.8, ls="--")
     # The losses of the two stages differ by a factor of ten.
-    if log["loss"][1]:
-        axes[0].set_yscale("log")
+    axes[0].set_yscale("log")
     return figure, dict(every=cfg.log_every, clip=cfg.grad_clip, stage=stage)
 
 
@@ -962,7 +960,7 @@ def figure_specialisation(report):
         return "No question of the sample names an object that is there."
     heads = report.page["head_ablation"]
     spread = np.array([[entry["value"] for entry in layer] for layer in attention["entropy"]["by_head"]])
-    figure = plt.figure(figsize=(WIDTH, 5.0), layout="constrained")
+    figure = Figure((WIDTH, 5.0), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.3))
     # Above: what is lost without each head. The list holds layer after layer, head after head.
     axes = upper.subplots(1, 4, width_ratios=[report.cfg.vision_heads] + 3 * [spread.shape[1]])
@@ -978,9 +976,8 @@ def figure_specialisation(report):
     heat(axes[3], spread, *map(range, spread.shape), "{:.1f}", title="entropy: cross, nats", xlabel="head")
 
     # Below: what each head looks for, a column for each head; 32 times more and 32 times less are equally dark.
-    profile = np.array(found["enrichment"])                 # (L, H, C)
-    names = np.array([f"{layer}.{head}" for layer, head in np.ndindex(profile.shape[:2])])
-    table = np.maximum(profile.reshape(len(names), -1).T, 1 / 32)
+    names = np.array([f"{layer}.{head}" for layer, head in np.ndindex(spread.shape)])
+    table = np.maximum(np.reshape(found["enrichment"], (len(names), -1)).T, 1 / 32)
     # Heads with the same favourite stand together.
     order = np.argsort(table.argmax(0), kind="stable")
     heat(lower.subplots(), table[:, order], found["categories"], names[order], "{:.0f}", "PuOr_r",
@@ -1012,7 +1009,7 @@ def figure_pairs(report):
     def draw(axis, table, names, bar, **labels):
         most = max(1.0, np.nanmax(np.abs(table), initial=0))
         heat(axis, table, names, names, "{:+.0f}", "PuOr_r", Normalize(-most, most), bar, **labels)
-        plt.setp(axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
+        axis.set_xticklabels(names, rotation=40, ha="right", rotation_mode="anchor")
     draw(left, taken, kinds, "points of YES added", title="kinds taken for others",
          ylabel="asked for, and not there", xlabel="what stands there")
     draw(right, mixed, pairs["templates"], "points over chance", title="commands that get one answer")
@@ -1023,12 +1020,13 @@ def draw_column(axes, x, parts):
     """Boxes from top to bottom on a line that joins them; parts: (name, details, colour). Returns (bottoms, height)."""
     height = 6.1 + 2.1 * max(details.count("\n") for _, details, _ in parts)
     bottoms = np.linspace(57 - height, 0.5, len(parts))
-    axes.plot((x + 20.5, x + 20.5), (1, 57), color=INK, lw=0.9, zorder=0)
+    middle = x + 20.5
+    axes.plot((middle, middle), (1, 57), color=INK, lw=0.9, zorder=0)
     for y, (name, details, colour) in zip(bottoms, parts):
         border = ACCENT if name.startswith("cross") else QUIET
-        axes.add_patch(plt.Rectangle((x, y), 41, height, fc=colour, ec=border, lw=0.8))
-        axes.text(x + 20.5, y + 0.55 * height, name, ha="center", va="bottom", weight="bold")
-        axes.text(x + 20.5, y + 0.5 * height, details, ha="center", va="top", **SMALL)
+        axes.add_patch(Rectangle((x, y), 41, height, fc=colour, ec=border, lw=0.8))
+        axes.text(middle, y + 0.55 * height, name, ha="center", va="bottom", weight="bold")
+        axes.text(middle, y + 0.5 * height, details, ha="center", va="top", **SMALL)
     return bottoms, height
 
 
@@ -1045,8 +1043,8 @@ def figure_architecture(report):
         stem = f"3×3 stride-2 convolutions × {int(math.log2(cfg.patch_size))}, then 1×1"
     heads = f"{cfg.text_heads} query heads, {cfg.text_kv_heads} key/value heads of {cfg.text_head_dim}"
     sky, sand, mint = "#e3eef7", "#fbeedd", "#e2f3ec"
-    figure = plt.figure(figsize=(WIDTH, 3.9), layout="constrained")
-    axes = figure.add_subplot(xlim=(0, 102), ylim=(0, 58))
+    figure, (axes,) = plot(1, 1, 3.9)
+    axes.set(xlim=(0, 102), ylim=(0, 58))
     axes.axis("off")
     keys, tall = draw_column(axes, 1, (
         ("picture", f"3 × {cfg.image_height} × {cfg.image_width}", "white"),
@@ -1065,7 +1063,7 @@ def figure_architecture(report):
         ("RMSNorm, logits of the next word", "at ?: [YES] or [NO], then the reason", sand)))
     # A dashed frame around what each decoder block repeats: three boxes from the third on.
     top, bottom = bottoms[2] + low + 3, bottoms[4] - 1
-    axes.add_patch(plt.Rectangle((55, bottom), 46.5, top - bottom, fc="none", ec=QUIET, lw=0.8, ls="--"))
+    axes.add_patch(Rectangle((55, bottom), 46.5, top - bottom, fc="none", ec=QUIET, lw=0.8, ls="--"))
     axes.text(55.6, top - 2.4, f"× {cfg.text_layers}", weight="bold")
     axes.text(100.8, top - 2.4, count(*model.decoder.blocks), ha="right", **SMALL)
     # The way of the patches from the projection into the cross-attention of each block.
