@@ -3627,12 +3627,6 @@ def test_what_cannot_be_evaluated_is_one_line_that_helps(bare, drawn, tmp_path, 
 
 # ---- answering ----
 
-@pytest.fixture(autouse=True)
-def no_open_figures():
-    yield
-    visualize.plt.close("all")
-
-
 @pytest.fixture(scope="module")
 def typed(tmp_path_factory):
     """Settings that ask a tiny untrained model about a drawn picture."""
@@ -3863,11 +3857,11 @@ def test_a_part_of_a_figure_without_data_says_so(report):
 
 
 def test_a_matplotlibrc_of_the_user_changes_no_figure():
-    usual = dict(visualize.plt.rcParams)
+    usual = dict(visualize.matplotlib.rcParams)
     odd = {"text.usetex": True, "figure.autolayout": True, "savefig.bbox": "tight", "font.size": 30}
     with visualize.matplotlib.rc_context(odd):
         runpy.run_path(visualize.__file__)
-        assert dict(visualize.plt.rcParams) == usual
+        assert dict(visualize.matplotlib.rcParams) == usual
 
 
 def test_the_interactive_page_holds_the_models_own_maps(report, monkeypatch):
@@ -3891,12 +3885,12 @@ def test_the_interactive_page_holds_the_models_own_maps(report, monkeypatch):
 
 def test_a_pedestrian_walks_through_a_scene_that_stays_the_same(report, monkeypatch):
     monkeypatch.setattr(visualize, "STEPS", 13)
-    steps = visualize.walk(report)
-    truths = [truth for truth, _ in itertools.groupby(truth for _, truth in steps)]
+    steps = list(visualize.walk(report))
+    truths = [truth for truth, _ in itertools.groupby(shot.truth for shot in steps)]
     assert truths == ["NO", "unsure", "YES", "unsure", "NO"]
-    boxes = [shot.boxes[3][0]["box2d"] for shot, _ in steps]               # of the word "pedestrian"
+    boxes = [shot.boxes[3][0]["box2d"] for shot in steps]                  # of the word "pedestrian"
     assert [box["x1"] for box in boxes] == sorted(box["x1"] for box in boxes) and len({box["y2"] for box in boxes}) == 1
-    first, last = (np.asarray(steps[k][0].picture, int) for k in (0, -1))
+    first, last = (np.asarray(steps[k].picture, int) for k in (0, -1))
     assert 0 < (first != last).any(2).mean() < 0.3
 
 

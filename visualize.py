@@ -48,7 +48,7 @@ import prepare
 import train
 from commands import QUESTIONS, Question, View, corners, tidy
 from config import UserError
-from evaluate import cover, enrichment, entropy, mass_in_box, pointing, text_of
+from evaluate import cover, distances, enrichment, entropy, mass_in_box, pointing, text_of
 from tokenizer import NO, YES, split_words
 
 # ---- answering ----
@@ -103,7 +103,6 @@ def answer(subject, picture, command):
     prompt = torch.tensor([ids + spoken], device=subject.device)
     new = subject.model.generate(subject.model.encode(images), prompt, cfg.max_new_tokens - len(spoken), beam=cfg.beam)
 
-
     # [SOS] comes first and has no map; the map at `?` is that of the answer.
     cross = attn["cross"][:, :, 1:].reshape(cfg.text_layers, cfg.text_heads, -1, *subject.grid)
     return Shot(verdict, probability, subject.tokenizer.decode(new[0].tolist()), words, cross, cross.mean((0, 1)),
@@ -112,9 +111,7 @@ def answer(subject, picture, command):
 
 def verdict_text(shot):
     """`YES (93.1%)`, or `description` where there was nothing to decide."""
-    if not shot.verdict:
-        return "description"
-    return f"{shot.verdict} ({100 * shot.probability:.1f}%)"
+    return f"{shot.verdict} ({100 * shot.probability:.1f}%)" if shot.verdict else "description"
 
 
 def asked_text(shot):
@@ -138,24 +135,22 @@ WIDTH = 7.1
 PANEL = 1.2                   # largest side of a panel
 FONT = 7.5                    # points
 SMALL = dict(fontsize=FONT - 1, color=QUIET)
-DOTTED = dict(color=INK, lw=0.6, ls=":")   # a line to compare with
+DOTTED = dict(color=INK, lw=0.6, ls=":")        # a line to compare with
 BACK = 0.78                   # mean grey of the picture below a map
 # Animations are for screens only; at the dots of print their files would be huge.
 SCREEN_DPI = 120
 LOOP = 5000                   # milliseconds of an animation
 matplotlib.rcdefaults()       # whatever a matplotlibrc of the user says
 matplotlib.rcParams.update({
-    "font.size": FONT, "axes.titlesize": FONT + 0.5, "xtick.labelsize": FONT - 0.5,
-    "ytick.labelsize": FONT - 0.5, "legend.fontsize": FONT - 0.5, "legend.frameon": False, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3,
-    "axes.titleweight": "bold", "figure.titleweight": "bold", "axes.titlelocation": "left", "pdf.fonttype": 42, "axes.formatter.min_exponent": 2})
+    "font.size": FONT, "axes.titlesize": FONT + 0.5, "xtick.labelsize": FONT - 0.5, "ytick.labelsize": FONT - 0.5,
+    "legend.fontsize": FONT - 0.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3, "axes.titleweight": "bold",
+    "figure.titleweight": "bold", "axes.titlelocation": "left", "pdf.fonttype": 42, "axes.formatter.min_exponent": 2})
 
 
 def save(drawn, path, dpi, vector=False):
     """Write a figure to path.png and, with `vector`, to path.pdf; a list of figures, as an animation, to path.webp.
-
-    Returns the files.
-    """
+    Returns the files."""
     if isinstance(drawn, list):
         return save_animation(drawn, path)
     files = [Path(f"{path}.png")]
@@ -246,8 +241,8 @@ def most_lines(texts):
 def draw_panels(rows, title, subtitle=None, vmax=0.0):
     """A figure of rows of panels; all their maps on one colour scale, in multiples of uniform attention.
 
-    rows: [(text left of the row, its panels)]; title, subtitle: text above and below, which explains the maps if none
-    is given; vmax: least upper end of the scale, for figures that share one.
+    rows: [(text left of the row, its panels)]; title, subtitle: text above and below, by default what the maps are;
+    vmax: least upper end of the scale, for figures that share one.
     """
     every = [panel for _, panels in rows for panel in panels]
     shown = [panel for panel in every if panel.map is not None]
@@ -270,11 +265,11 @@ def draw_panels(rows, title, subtitle=None, vmax=0.0):
     width = max(columns * size + margin, 4.6)
     # The figure's height is estimated from the lines of text in each row; the layout fits the panels into it.
     height = 0.7
-    pixels = every[0].picture.shape
+    tall, wide, _ = every[0].picture.shape
     for _, panels in rows:
         labels = most_lines(wrapped(panel.label, size, font) for panel in panels)
         notes = most_lines(map(note_of, panels))
-        height += size * pixels[0] / pixels[1] + 0.1 + (1.2 * font * labels + 1.15 * (font - 1) * notes) / 72
+        height += size * tall / wide + 0.1 + (1.2 * font * labels + 1.15 * (font - 1) * notes) / 72
     figure = Figure((width, height), layout="compressed")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
@@ -333,7 +328,7 @@ def colour_bar(axes, scale, ticks, name):
 # ---- drawing: plots ----
 
 def plot(rows, columns, height, **kwargs):
-    """(figure, axes of its first row (columns,), of its second, ...), WIDTH wide; height in inches."""
+    """(figure, axes of its first row, of its second, ...); it is WIDTH wide, height is in inches too."""
     figure = Figure((WIDTH, height), layout="constrained")
     return figure, *figure.subplots(rows, columns, squeeze=False, **kwargs)
 
@@ -376,7 +371,7 @@ def intervals(axes, rows, colour=SERIES[0], others=(), shift=0.0, label=None, ba
             axes.barh(y, value, 0.6, color=shade, alpha=0.35, lw=0)
             axes.annotate(f"{value:.1f}", (estimate["high"], y), (4, 0), textcoords="offset points", va="center",
                           color=QUIET, fontsize=FONT - 1.5)
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_yticks(range(len(rows)), rows)
     # The first row on top.
     axes.set_ylim(len(rows) - 0.4, -0.6)
 
@@ -454,8 +449,7 @@ def draw_vision(shot):
     grid = shot.maps.shape[1:]
     patch = shot.maps[-1].argmax()
     row, column = divmod(patch, grid[1])
-    height = shot.picture.shape[0] / grid[0]             # of a patch, in pixels
-    width = shot.picture.shape[1] / grid[1]
+    height, width = np.divide(shot.picture.shape[:2], grid)             # of a patch, in pixels
     outlined = label_at(column * width, row * height, (column + 1) * width, (row + 1) * height)
     flow = np.eye(math.prod(grid))
     rows = []
@@ -476,18 +470,19 @@ def draw_vision(shot):
 def draw_text(shot):
     """Self-attention of the decoder, tokens by tokens."""
     tokens = ["[SOS]", *shot.words, "?"]
-    past = np.tri(len(tokens), dtype=bool)               # and the token itself
+
     figure, axes = plot(1, len(shot.text), 2.9, sharey=True)
     for layer, (axis, weights) in enumerate(zip(axes, shot.text.mean(1))):
+        # No token sees those that follow it.
+        past = np.where(np.tri(len(tokens)), weights, np.nan)
         # A square root, because a row of T tokens that look at all alike has only 1/T in each cell.
-        heat(axis, np.where(past, weights, np.nan), tokens, tokens, "", norm=PowerNorm(0.5, 0, 1),
-             title=f"layer {layer}")
+        heat(axis, past, tokens, tokens, "", norm=PowerNorm(0.5, 0, 1), title=f"layer {layer}")
         axis.tick_params("x", rotation=90)
     axes[0].set_ylabel("the token that looks ...")
     # The first token tells nothing, and every token sees itself.
     earlier = np.tril(shot.text.mean((0, 1)), -1)[2:, 1:]
-    most = ", ".join(f"{token} → {tokens[1:][k]}" for token, k in zip(tokens[2:], earlier.argmax(1)))
-    most = f"The earlier word that each looks at most: {most}"
+    most = "The earlier word that each looks at most: " + ", ".join(
+        f"{token} → {tokens[1:][k]}" for token, k in zip(tokens[2:], earlier.argmax(1)))
     figure.supxlabel("... at this token; grey: the future, hidden by the causal mask\n" + wrapped(most, WIDTH, FONT),
                      fontsize=FONT)
     figure.suptitle("Self-attention of the decoder: which earlier words each word looks at", x=0.01, ha="left")
@@ -501,7 +496,7 @@ def draw_comparison(pairs):
     for pair in pairs:
         picture = pair[0].picture
         first, second = (shot.maps[-1] for shot in pair)
-        apart = evaluate.distances(first.ravel(), second.ravel())
+        apart = distances(first.ravel(), second.ravel())
         note = "L2 {l2:.3f}\ncosine {cosine:.2f}\nJensen-Shannon {js:.3f}".format(**apart)
         answers = [answer_panel(shot, f"{asked_text(shot)}\n{verdict_text(shot)}") for shot in pair]
         change = Panel(picture, second - first, "second − first", note=note)
@@ -516,9 +511,10 @@ SCENE = {"words": draw_words, "layers": draw_layers, "heads": draw_heads, "visio
 class Report:
     """What all figures are drawn from. Raises UserError, with the command that makes what is missing.
 
-    subject, cfg, grid: evaluate.Subject, its settings, its patches; size: (width, height) of pictures; page: eval.json;
-    failures: dicts; stored: attention.npz; nats: entropy of its answer maps; asked: evaluate.Questions of the page's split; at_places: those about an
-    object at a place that is there; meta: of the data; seed: of all random choices.
+    subject, cfg, grid: evaluate.Subject, its settings, its patches; meta: of the data; size: (width, height) of the
+    pictures; seed: of all random choices; page: eval.json; failures: dicts; stored: attention.npz; nats: entropy of the
+    answer maps in it; asked: evaluate.Questions of the page's split; at_places: numbers of those about an object at a
+    place that is there.
     """
 
     def __init__(self, cfg):
@@ -544,8 +540,7 @@ class Report:
             raise UserError(f"{out / 'eval.json'} is of {found}; the checkpoint and data here want {here}: {again}")
         self.nats = entropy(self.stored["answer_maps"].astype(np.float64))
         self.asked = evaluate.Questions(self.subject, self.meta, self.page["split"])
-        at_a_place = [question.template == "exists_at" for question in self.asked.questions]
-        self.at_places = np.flatnonzero(self.asked.truth & at_a_place)
+        self.at_places = np.flatnonzero(self.asked.truth & [q.template == "exists_at" for q in self.asked.questions])
 
     def some(self, found, count):
         """Up to `count` of a list, drawn by the seed."""
@@ -558,25 +553,25 @@ class Report:
         for picture in rng.permutation(np.unique(self.asked.picture)):
             yield rng.permutation(np.flatnonzero(self.asked.picture == picture))
 
-
-
     def boxes(self, i):
         """Labels to outline for each word of question i and, last, for its answer."""
         asked = self.asked
         return named_boxes(asked.frame(i), asked.view(i), asked.questions[i], asked.items[i]["command"])
 
-    @functools.cached_property
-    def example(self):
-        """The Shot that several figures show: of a question about an object at a place that is there."""
-        return self.shot(*self.some(self.at_places, 1))
+
 
     def shot(self, i):
         """`answer` to question i, with the boxes of what it asks and the truth."""
         shot = answer(self.subject, self.asked.pixels(i), self.asked.items[i]["command"])
         return shot._replace(boxes=self.boxes(i), truth=yes_no(self.asked.truth[i]))
 
+    @functools.cached_property
+    def example(self):
+        """The Shot that several figures show: of a question about an object at a place that is there."""
+        return self.shot(*self.some(self.at_places, 1))
+
     def drawn(self, spec, question, command):
-        """The same for a command about a scene drawn now."""
+        """`shot` of a command about a scene that is drawn now. spec: of the scene; question: what the command asks."""
         frame = prepare.scene_frame(spec, self.cfg)
         view = View(frame, self.cfg)
         shot = answer(self.subject, prepare.draw_scene(spec, self.size), command)
@@ -584,11 +579,11 @@ class Report:
         return shot._replace(boxes=named_boxes(frame, view, question, command), truth=truth)
 
     def panel(self, i, found=None, **changes):
-        """Question i and its picture, with a map (P,) or without, and the boxes of its answer. changes: other fields."""
+        """Question i, its picture, with a map (P,) or without, and the boxes of its answer; changes: other fields."""
         if found is not None:
             found = found.reshape(self.grid)
-        own = Panel(self.asked.pixels(i), found, tidy(self.asked.items[i]["command"]) + "?", self.boxes(i)[-1])
-        return own._replace(**changes)
+        text = tidy(self.asked.items[i]["command"]) + "?"
+        return Panel(self.asked.pixels(i), found, text, self.boxes(i)[-1])._replace(**changes)
 
 
 def named_boxes(frame, view, question, command):
@@ -623,9 +618,10 @@ def figure_pictures(report):
 def figure_scene(kind):
     """The figure function that draws SCENE[kind] of one YES question about an object at a place."""
     def figure(report):
-        if not len(report.at_places):
+        n = len(report.at_places)
+        if not n:
             return "No question about an object at a place has the answer YES."
-        return SCENE[kind](report.example), dict(n=len(report.at_places), command=asked_text(report.example))
+        return SCENE[kind](report.example), dict(n=n, command=asked_text(report.example))
     return figure
 
 
@@ -705,21 +701,20 @@ def figure_decides(report):
         # What makes a NO likelier when it is hidden spoke for YES. The least number stands for "nothing mattered".
         lost = np.maximum(odds[0] - odds[1:], 1e-9)
         lost = lost / lost.sum()
-        alike = evaluate.distances(looked, lost)["cosine"]
+        alike = distances(looked, lost)["cosine"]
         rows.append((f"{asked_text(shot)}\n{verdict_text(shot)}", [
             shot_panel(shot, "scene"), answer_panel(shot, "where it looked"),
             report.panel(i, lost, label="what mattered", note=f"cosine {alike:.2f}")]))
     if not rows:
         return "No question about an object at a place has the answer YES."
-    title = "Where the answer looked, and what it depended on"
-    return draw_panels(rows, title), dict(n=len(report.at_places))
+    return draw_panels(rows, "Where the answer looked, and what it depended on"), dict(n=len(report.at_places))
 
 
 STEPS = 24                     # of a pedestrian who crosses the street
 
 
 def walk(report):
-    """A pedestrian crosses a drawn street in STEPS steps: [Shot] of "is there a pedestrian ahead" at each.
+    """A pedestrian crosses a drawn street in STEPS steps: yields a Shot of "is there a pedestrian ahead" at each.
 
     The scene has no other pedestrians, and nothing nearer than this one.
     """
@@ -729,18 +724,16 @@ def walk(report):
     person = prepare.sample_object(random.Random(report.seed), dict(spec, objects=[]), "pedestrian", report.cfg,
                                    "ahead", near=True)
     others = [o for o in spec["objects"] if o["z"] > person["z"] and o["kind"] != "pedestrian"]
-    found = []
     for across in np.linspace(0.06, 0.94, STEPS):
         x = (across - spec["centre"]) * person["z"] / spec["focal"]
         scene = dict(spec, objects=[*others, dict(person, x=x)])
-        found.append(report.drawn(scene, question, "is there a pedestrian ahead"))
-    return found
+        yield report.drawn(scene, question, "is there a pedestrian ahead")
 
 
 def figure_walk(report):
     if report.cfg.source != "drawn":
         return "Only a model of drawn scenes can be asked about a scene that is drawn anew."
-    steps = walk(report)
+    steps = list(walk(report))
     # One scale for all frames of the animation.
     named = steps[0].words.index("pedestrian")
     vmax = max(peak(shot.maps[[named, -1]]) for shot in steps)
@@ -769,19 +762,18 @@ def figure_twins(report):
             shot_panel(twin, f"twin: {edit['kind']}"),
             answer_panel(twin, f"{verdict_text(twin)}\ntruth {twin.truth}")]))
     both = report.page["twins"]["both_right"]
-    figure = draw_panels(rows, "Twins: one edit flips the truth")
-    return figure, dict(shown=len(rows), all=len(edits), both=text_of(both, "%"), n=both["n"])
+    fields = dict(shown=len(rows), all=len(edits), both=text_of(both, "%"), n=both["n"])
+    return draw_panels(rows, "Twins: one edit flips the truth"), fields
 
 
 def figure_failures(report):
     asked = report.asked
-    where = [asked.at[row] for row in report.stored["failure_items"]]
+    where = np.array([asked.at[row] for row in report.stored["failure_items"]])
     # Only of these questions does a wrong NO say that an object which is there is not there.
-    denied = [k for k, i in enumerate(where)
-              if asked.truth[i] and asked.questions[i].template in ("exists", "exists_at", "near")]
-    if not denied:
+    denied = [asked.truth[i] and asked.questions[i].template in ("exists", "exists_at", "near") for i in where]
+    if not any(denied):
         return "No wrong answer denies an object that is there."
-    missed = [where[k] for k in denied]
+    missed = where[denied]
     maps = report.stored["failure_maps"][denied].mean((1, 2), np.float64)
     covers = np.array([cover(report.boxes(i)[-1], report.size, report.grid) for i in missed])
     # A map is diffuse where it is more spread than nine of ten answers' maps.
@@ -794,8 +786,8 @@ def figure_failures(report):
         text = f"{name}\nn={mine.sum()}\n{100 * mine.mean():.0f}%"
         chosen = report.some(np.flatnonzero(mine), COLUMNS)
         rows.append((text, [report.panel(missed[k], maps[k]) for k in chosen]))
-    figure = draw_panels(rows, "Objects that were there and were denied")
-    return figure, dict(n=len(missed), stored=len(where), usual=usual, chance=100 * (covers > 0).mean())
+    fields = dict(n=len(missed), stored=len(where), usual=usual, chance=100 * (covers > 0).mean())
+    return draw_panels(rows, "Objects that were there and were denied"), fields
 
 
 def figure_wrong(report):
@@ -1051,7 +1043,7 @@ def figure_architecture(report):
         (f"stem ({cfg.stem})", f"{stem}\n{count(model.vision.stem)}", sky),
         (f"+ {cfg.vision_positions} 2D positions", f"{columns} × {rows} patches, width {cfg.vision_dim}", sky),
         (f"encoder block × {cfg.vision_layers}", f"LayerNorm, attention ({cfg.vision_heads} heads), +\n"
-         f"LayerNorm, MLP {cfg.vision_ffn_dim} (GELU), +\n{count(*model.vision.blocks, model.vision.norm)}", sky),
+         f"LayerNorm, MLP {cfg.vision_ffn_dim} (GELU), +\n{count(model.vision.blocks, model.vision.norm)}", sky),
         ("projection", f"linear {cfg.vision_dim} → {cfg.text_dim}, RMSNorm\n{count(model.projection)}", mint)))
     bottoms, low = draw_column(axes, 58, (
         ("[SOS] command ? [YES] reason [EOS]", f"at most {cfg.max_text} tokens of {len(report.subject.tokenizer)} "
@@ -1065,7 +1057,7 @@ def figure_architecture(report):
     top, bottom = bottoms[2] + low + 3, bottoms[4] - 1
     axes.add_patch(Rectangle((55, bottom), 46.5, top - bottom, fc="none", ec=QUIET, lw=0.8, ls="--"))
     axes.text(55.6, top - 2.4, f"× {cfg.text_layers}", weight="bold")
-    axes.text(100.8, top - 2.4, count(*model.decoder.blocks), ha="right", **SMALL)
+    axes.text(100.8, top - 2.4, count(model.decoder.blocks), ha="right", **SMALL)
     # The way of the patches from the projection into the cross-attention of each block.
     start, end = keys[-1] + tall / 2, bottoms[3] + low / 2
     axes.text(43, start + 0.5, "keys, values:\nonce a picture", **SMALL)
@@ -1239,10 +1231,10 @@ def limits(page):
     """What the numbers say against the model, as list items."""
     found = []
     for by in ("family", "object"):
-        known = {name: entry for name, entry in page["by"][by].items() if entry["value"] is not None}
+        known = [(entry["value"], name) for name, entry in page["by"][by].items() if entry["value"] is not None]
         if known:
-            weakest = min(known, key=lambda name: known[name]["value"])
-            found.append(f"Weakest {by}: {weakest}, {text_of(known[weakest], '%')}.")
+            _, weakest = min(known)
+            found.append(f"Weakest {by}: {weakest}, {text_of(page['by'][by][weakest], '%')}.")
     # Only drawn scenes can be edited.
     if page["twins"]:
         stays = text_of(page["twins"]["stubbornness"], "%")
@@ -1344,14 +1336,15 @@ function list(id, texts, value) {
   byId(id).replaceChildren(...texts.map((text, i) => new Option(text, i)));
   byId(id).value = value;
 }
-// Attention in multiples of an even spread. The last layer and the last head of the lists mean all of them.
+const numbers = n => [...Array(n).keys()];
+// The chosen layer or head in a list; its last entry means all n of them.
+const picked = (id, n) => chosen(id) === n ? numbers(n) : [chosen(id)];
+// Attention in multiples of an even spread.
 function mapOf(c, word) {
-  const layers = [...Array(D.layers).keys()], heads = [...Array(D.heads).keys()], sum = new Float64Array(P);
-  const own = layers.filter(l => chosen("layer") === D.layers || l === chosen("layer"));
-  const some = heads.filter(h => chosen("head") === D.heads || h === chosen("head"));
-  for (const l of own) for (const h of some) for (let p = 0; p < P; p++)
+  const layers = picked("layer", D.layers), heads = picked("head", D.heads), sum = new Float64Array(P);
+  for (const l of layers) for (const h of heads) for (let p = 0; p < P; p++)
     sum[p] += (c.maps[((l * D.heads + h) * c.words.length + word) * P + p] / 255) ** 2 * P;
-  return sum.map(x => x / own.length / some.length);
+  return sum.map(x => x / layers.length / heads.length);
 }
 function draw() {
   const scene = D.scenes[chosen("scene")], c = scene.commands[chosen("command")], word = chosen("word");
@@ -1401,8 +1394,8 @@ byId("step").oninput = () => {
   show();
 };
 list("scene", D.scenes.map(scene => scene.name), 0);
-list("layer", [...[...Array(D.layers).keys()].map(l => `layer ${l}`), "all layers"], D.layers);
-list("head", [...[...Array(D.heads).keys()].map(h => `head ${h}`), "all heads"], D.heads);
+for (const [id, n] of [["layer", D.layers], ["head", D.heads]])
+  list(id, [...numbers(n).map(k => `${id} ${k}`), `all ${id}s`], n);
 show();
 </script></body></html>
 """
@@ -1427,13 +1420,15 @@ def make_page(cfg):
     # The sizes of the checkpoint, which may differ from those given here.
     cfg = report.cfg
     asked = report.asked
+
     def scene(name, shots):
         """What the page shows of a picture and the answers about it."""
         entries = []
         for shot in shots:
             boxes = [[corners(label) for label in labels] for labels in shot.boxes]
-            entries.append(dict(text=asked_text(shot), words=shot.words + ["answer"], said=verdict_text(shot),
-                                truth=shot.truth, reason=tidy(shot.reason), boxes=boxes, maps=packed(np.sqrt(shot.cross))))
+            entries.append(dict(
+                text=asked_text(shot), words=shot.words + ["answer"], said=verdict_text(shot), truth=shot.truth,
+                reason=tidy(shot.reason), boxes=boxes, maps=packed(np.sqrt(shot.cross))))
         return dict(name=name, commands=entries, image=web_picture(Image.fromarray(shot.picture)))
     scenes = [scene(asked.frame(questions[0])["name"], map(report.shot, questions[:EACH]))
               for questions in islice(report.pictures(), SCENES)]
@@ -1441,10 +1436,9 @@ def make_page(cfg):
                for record in report.some(report.failures, WRONG)]
     if cfg.source == "drawn":
         scenes += [scene(f"a pedestrian walks: step {k}", [shot]) for k, shot in enumerate(walk(report), 1)]
-    # Upper end of the scale: a head rarely looks at fewer than four patches.
-    top = math.prod(report.grid) / 4
-    data = dict(scenes=scenes, grid=report.grid, size=report.size, layers=cfg.text_layers,
-                heads=cfg.text_heads, top=top, colours=packed(OVERLAY.colors))
+    # `top` is the upper end of the scale: a head rarely looks at fewer than four patches.
+    data = dict(scenes=scenes, grid=report.grid, size=report.size, layers=cfg.text_layers, heads=cfg.text_heads,
+                top=math.prod(report.grid) / 4, colours=packed(OVERLAY.colors))
     about = "Choose a scene, a command, and one of its words. Then choose a layer and a head, or the average of all. " \
             "Colour: how many times more attention than an even spread. Boxes show what the word names. " \
             f"First up to {EACH} questions about each of {SCENES} pictures of the {report.page['split']} split, and " \
