@@ -73,7 +73,8 @@ def answer(subject, picture, command):
         maps          their mean over layers and heads (n + 1, rows, columns)
         vision, text  self-attention, float32 numpy (layers, heads, P, P) and (L, H, T, T)
         picture       as given
-        boxes, truth  labels to outline for each map, and "YES", "NO" or "unsure": none, unless the caller adds them
+        boxes         for each map the labels to outline: none, unless the caller adds them
+        truth         "YES", "NO" or "unsure": None, unless the caller adds it
     Raises UserError where the command and max_new_tokens are too long together.
     """
     cfg = subject.cfg
@@ -409,7 +410,7 @@ def shot_panel(shot, label, found=None):
 
 
 def answer_panel(shot, label):
-    """The same with the map of the answer."""
+    """shot_panel with the map of the answer."""
     return shot_panel(shot, label, shot.maps[-1])
 
 
@@ -886,8 +887,9 @@ def figure_training(report):
         say_if_empty(axis, values)
         axis.set(title=title, xlabel="pictures / 1000", xlim=(0, None))
         axis.axvline(stage / 1000, color=ACCENT, lw=0.8, ls="--")
-    # The losses of the two stages differ by a factor of ten.
-    axes[0].set_yscale("log")
+    # The losses of the two stages differ by a factor of ten. Without any, a logarithmic axis could not be drawn.
+    if log["loss"][1]:
+        axes[0].set_yscale("log")
     return figure, dict(every=cfg.log_every, clip=cfg.grad_clip, stage=stage)
 
 
@@ -1171,10 +1173,9 @@ REPORT = HEAD + "<nav>@NAV@</nav>\n@BODY@\n</body></html>\n"
 
 
 def write_html(path, template, **texts):
-    """Write the template with @NAME@ replaced by texts[name]."""
+    """Write the template with @NAME@ replaced by texts[name], and print how large the file is."""
     # One pass: what is filled in may itself hold an @, and is left alone. str.format would trip over CSS's braces.
-    filled = re.sub("@([A-Z]+)@", lambda match: texts[match[1].lower()], template)
-    evaluate.write(path, filled)
+    evaluate.write(path, re.sub("@([A-Z]+)@", lambda match: texts[match[1].lower()], template))
     print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
