@@ -3716,6 +3716,12 @@ def test_every_map_of_a_scene_is_a_row_of_the_attention_that_answered(typed):
     wanted = {"words": dict(zip(names, cross.mean((0, 1)))), "layers": dict(zip(names, cross[1].mean(0))),
               "heads": {f"head {h}": found for h, found in enumerate(cross[1, :, -1])},
               "vision": {"head 1": attn["vision"][0, 1, patch], "rollout to here": rolled[patch]}}
+    # A word of the reason is chosen at the token before it; the first, at the verdict.
+    told = subject.tokenizer.encode(f"[{shot.verdict}] {shot.reason}")
+    text = torch.cat((prompt, torch.tensor([told])), 1)
+    chosen = subject.model(subject.images(picture[None]), text, return_attn=True)[1]["cross"].mean((0, 2))[0].numpy()
+    wanted["reason"] = dict(zip(shot.reason.split(), chosen[prompt.shape[1]:-1]))
+    assert wanted["reason"]
     for kind, maps in wanted.items():
         figure = visualize.SCENE[kind](shot)
         shown = maps_of(figure[-1] if isinstance(figure, list) else figure)       # the last layer

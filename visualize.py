@@ -53,7 +53,7 @@ from tokenizer import NO, YES, split_words
 
 # ---- answering ----
 
-Shot = namedtuple("Shot", "verdict probability reason words cross maps vision text picture boxes truth")
+Shot = namedtuple("Shot", "verdict probability reason words cross maps said vision text picture boxes truth")
 
 
 def yes_no(true):
@@ -71,6 +71,7 @@ def answer(subject, picture, command):
         words         the command's words (n)
         cross         float32 numpy (L, H, n + 1, rows, columns): one map per word; the last is that of the answer
         maps          their mean over layers and heads (n + 1, rows, columns)
+        said          the same for each word of the reason, at the token before it, where it was chosen
         vision, text  self-attention, float32 numpy (layers, heads, P, P) and (L, H, T, T)
         picture       as given
         boxes         for each map the labels to outline: none, unless the caller adds them
@@ -103,10 +104,15 @@ def answer(subject, picture, command):
         spoken = [YES if odds >= 0 else NO]
     prompt = torch.tensor([ids + spoken], device=subject.device)
     new = subject.model.generate(subject.model.encode(images), prompt, cfg.max_new_tokens - len(spoken), beam=cfg.beam)
+    reason = subject.tokenizer.decode(new[0].tolist())
+    count = len(reason.split())
+    # All that was said is read once more, since generation keeps no attention.
+    _, again = subject.model(images, torch.cat((prompt, new[:, :count]), 1), return_attn=True)
+    said = again["cross"][:, 0, :, -count - 1:-1].mean((0, 1)).cpu().numpy()
 
     # [SOS] comes first and has no map; the map at `?` is that of the answer.
     cross = attn["cross"][:, :, 1:].reshape(cfg.text_layers, cfg.text_heads, -1, *subject.grid)
-    return Shot(verdict, probability, subject.tokenizer.decode(new[0].tolist()), words, cross, cross.mean((0, 1)),
+    return Shot(verdict, probability, reason, words, cross, cross.mean((0, 1)), said.reshape(-1, *subject.grid),
                 attn["vision"], attn["self"], picture, [()] * (len(words) + 1), None)
 
 
@@ -184,9 +190,6 @@ def overlay(name, low):
 
 OVERLAY = overlay("plasma_r", 0)
 CHANGE = overlay("PuOr", -1)
-
-
-
 
 # ---- drawing: panels, which hold pictures and maps ----
 
@@ -414,27 +417,37 @@ def answer_panel(shot, label):
     return shot_panel(shot, label, shot.maps[-1])
 
 
-def draw_maps(shot, maps, rest, vmax=0.0):
-    """A map (n + 1, rows, columns) for each word and for the answer. rest, vmax: as in maps_line and draw_panels."""
-    names = shot.words + ["answer" if shot.verdict else "description"]
-    panels = [shot_panel(shot, "picture")]
-    panels += [Panel(shot.picture, *entry) for entry in zip(maps, names, shot.boxes)]
+def draw_maps(shot, panels, rest, vmax=0.0):
+    """The picture and panels of maps. rest, vmax: as in maps_line and draw_panels."""
+    panels = [shot_panel(shot, "picture"), *panels]
     # At most six in a row: with more, the texts below them would run into each other.
     columns = math.ceil(len(panels) / math.ceil(len(panels) / 6))
-    return draw_panels(in_rows(panels, columns), title_of(shot), maps_line(maps.shape[1:], rest), vmax)
+    return draw_panels(in_rows(panels, columns), title_of(shot), maps_line(shot.maps.shape[1:], rest), vmax)
+
+
+def word_panels(shot, maps):
+    """A panel for each word and for the answer, of maps (n + 1, rows, columns)."""
+    names = shot.words + ["answer" if shot.verdict else "description"]
+    return [Panel(shot.picture, *entry) for entry in zip(maps, names, shot.boxes)]
 
 
 def draw_words(shot):
     """The mean map of each word and of the answer."""
     layers, heads = shot.cross.shape[:2]
-    return draw_maps(shot, shot.maps, f"Mean of {layers} layers × {heads} heads.")
+    return draw_maps(shot, word_panels(shot, shot.maps), f"Mean of {layers} layers × {heads} heads.")
+
+
+def draw_reason(shot):
+    """Where the model looked as it chose each word of its reason."""
+    panels = [Panel(shot.picture, *entry) for entry in zip(shot.said, shot.reason.split())]
+    return draw_maps(shot, panels, "Each word of the reason, where the model looked as it chose it.")
 
 
 def draw_layers(shot):
-    """The same layer by layer: a list of figures, the frames of an animation, on one scale."""
+    """draw_words layer by layer: a list of figures, the frames of an animation, on one scale."""
     heads = shot.cross.shape[1]
     by_layer = shot.cross.mean(1)                        # (L, n + 1, rows, columns)
-    return [draw_maps(shot, maps, f"Layer {layer}, mean of {heads} heads.", peak(by_layer))
+    return [draw_maps(shot, word_panels(shot, maps), f"Layer {layer}, mean of {heads} heads.", peak(by_layer))
             for layer, maps in enumerate(by_layer)]
 
 
@@ -471,7 +484,6 @@ def draw_vision(shot):
 def draw_text(shot):
     """Self-attention of the decoder, tokens by tokens."""
     tokens = ["[SOS]", *shot.words, "?"]
-
     figure, axes = plot(1, len(shot.text), 2.9, sharey=True)
     for layer, (axis, weights) in enumerate(zip(axes, shot.text.mean(1))):
         # No token sees those that follow it.
@@ -505,7 +517,8 @@ def draw_comparison(pairs):
     return draw_panels(rows, "One picture, two commands: where the answer looked")
 
 
-SCENE = {"words": draw_words, "layers": draw_layers, "heads": draw_heads, "vision": draw_vision, "text": draw_text}
+SCENE = {"words": draw_words, "reason": draw_reason, "layers": draw_layers, "heads": draw_heads,
+         "vision": draw_vision, "text": draw_text}
 
 # ---- the report: model, questions and evaluate.py's files ----
 
@@ -558,8 +571,6 @@ class Report:
         """Labels to outline for each word of question i and, last, for its answer."""
         asked = self.asked
         return named_boxes(asked.frame(i), asked.view(i), asked.questions[i], asked.items[i]["command"])
-
-
 
     def shot(self, i):
         """`answer` to question i, with the boxes of what it asks and the truth."""
@@ -1075,8 +1086,9 @@ FIGURES = {
     "model": {"architecture": figure_architecture},
     "training": {"training": figure_training},
     "accuracy": {"accuracy": figure_accuracy, "complexity": figure_complexity},
-    "attention": {"walk": figure_walk, "layers": figure_scene("layers"), "gallery": figure_gallery,
-                  "comparison": figure_comparison, "twins": figure_twins, "decides": figure_decides,
+    "attention": {"walk": figure_walk, "reason": figure_scene("reason"), "layers": figure_scene("layers"),
+                  "gallery": figure_gallery, "comparison": figure_comparison, "twins": figure_twins,
+                  "decides": figure_decides,
                   "grounding": figure_grounding, "heads": figure_scene("heads"),
                   "specialisation": figure_specialisation,
                   "vision": figure_scene("vision"), "text": figure_scene("text")},
@@ -1107,6 +1119,7 @@ CAPTIONS = {
     "walk": "A pedestrian crosses a drawn street in {steps} steps, and the same question is asked at each (animated; a "
     "printed page shows the first step). Nothing else in the scene changes. At the borders of “ahead” the truth is "
     "unsure.",
+    "reason": "Where the model looked as it chose each word of its reason." + ONE_SCENE,
     "layers": "The maps of one question, layer by layer (animated; a printed page shows the first layer)." + ONE_SCENE,
     "gallery": "Each row follows one word through {columns} questions, drawn at random (seed {seed}). Left, for n "
     "questions with this word: how often the strongest patch touches a box of what the word names (chance: a random "
