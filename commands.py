@@ -281,83 +281,86 @@ def describe(view, limit, place=None):
 
 # ---- questions ----
 
+def phrases(text):
+    """The phrases in a text, separated by slashes."""
+    return [phrase.strip() for phrase in text.split("/")]
+
+
 # share: of a picture's questions; paraphrases: the first is canonical, the last is never trained on.
 # {a} "a car", {n} "car", {at} "on the left", {c} "red", {d} "left", {side} "way ahead", {b} and {m} the second object
 Template = namedtuple("Template", "family level share paraphrases")
 TEMPLATES = {
-    "exists": Template("detection", "simple", 0.13, (
-        "is there {a} in the scene", "is there {a}", "do you see {a}", "can you see {a} in the picture",
-        "is {a} visible", "is there any {n} around", "does the picture show {a}", "can you find {a} here",
-        "do you notice any {n}", "does the scene contain {a}", "is {a} present in this image",
-        "can you spot {a} anywhere", "does this photo include {a}", "is there at least one {n}",
-        "did the camera catch {a}", "do you see {a} on this street", "is there {a} in front of the camera",
-        "is {a} shown here", "does {a} show up in the image", "do you see any {n} in the picture")),
-    "exists_at": Template("detection", "medium", 0.22, (
-        "is there {a} {at}", "do you see {a} {at}", "is {a} visible {at}", "can you see any {n} {at}",
-        "{at} , is there {a}", "does the picture show {a} {at}", "is there any {n} {at}", "can you find {a} {at}",
-        "does {a} appear {at}", "is {a} located {at}", "can you spot {a} {at}",
-        "have you spotted {a} {at}", "do you notice {a} {at}")),
-    "near": Template("detection", "medium", 0.08, (
-        "is there {a} near", "is {a} close to us", "do you see {a} nearby", "is there a nearby {n}",
-        "is {a} only a few metres away", "is any {n} close to our vehicle", "is there {a} close by",
-        "can you see {a} near us")),
-    "light": Template("state", "medium", 0.09, (
-        "is the traffic light {c}", "is the light {c}", "is the signal {c} now", "does the traffic light show {c}",
-        "does the light look {c}", "has the light turned {c}",
-        "is the colour of the light {c}", "is the signal currently {c}", "has the signal switched to {c}",
-        "is the light showing {c} at this moment", "does the signal show {c} now")),
-    "straight": Template("safety", "complex", 0.05, (
-        "can the car safely go straight", "is it safe to go straight", "may we drive straight on",
-        "can we continue straight ahead", "is it safe to keep going", "should we keep driving straight",
-        "can the vehicle move forward safely", "is it okay to proceed", "is the car free to go straight",
-        "can the driver carry on without risk", "would it be safe to continue along this road",
-        "may the car continue straight on")),
-    "stop": Template("safety", "complex", 0.05, (
-        "should the car stop", "do we have to stop", "must the vehicle halt", "should we brake now",
-        "is it necessary to stop here", "does the car need to wait", "is braking required",
-        "should the driver hit the brakes", "should the driver slow down and stop",
-        "is it time to press the brake pedal", "would it be wise to stop", "is a stop needed", "must we stop now")),
-    "turn": Template("safety", "complex", 0.07, (
-        "can the car safely turn {d}", "is it safe to turn {d}", "may we turn {d}", "can we make a {d} turn",
-        "is a {d} turn safe", "could the vehicle turn {d} safely", "is it okay to turn {d} here",
-        "can the driver go {d} without danger", "would a {d} turn be safe", "can the driver safely steer {d}",
-        "may the car make a {d} turn")),
-    "change": Template("safety", "complex", 0.05, (
-        "can the car safely change lanes to the {d}", "is it safe to move to the {d} lane",
-        "may we switch to the {d} lane", "can we merge into the {d} lane", "is a lane change to the {d} safe",
-        "could the vehicle move over to the {d}", "is it okay to take the {d} lane",
-        "would it be safe to switch lanes to the {d}", "is moving one lane to the {d} safe",
-        "may the car change to the {d} lane")),
-    "clear": Template("navigation", "simple", 0.07, (
-        "is the {side} clear", "is the {side} free", "is the {side} open", "does the {side} look clear",
-        "is the {side} unobstructed", "does the {side} look free of obstacles", "is the {side} free of obstacles")),
-    "and": Template("", "complex", 0.05, (
-        "is there {a} and {b}", "do you see {a} and {b}", "are there both {a} and {b}",
-        "can you see {a} as well as {b}", "does the picture show {a} together with {b}", "is there {a} and also {b}",
-        "are {a} and {b} both visible")),
-    "and_no": Template("", "complex", 0.10, (
-        "is there {a} and no {m}", "do you see {a} but no {m}", "is there {a} but no {m}", "can you see {a} and no {m}",
-        "does the picture show {a} but no {m}", "do you notice {a} but no {m}",
-        "does the scene contain {a} and no {m}")),
-    "or": Template("", "complex", 0.05, (
-        "is there {a} or {b}", "do you see either {a} or {b}", "can you find {a} or {b}", "is {a} or {b} visible",
-        "does the picture show {a} or {b}", "do you notice {a} or {b}", "is there either {a} or {b} in the scene")),
+    "exists": Template("detection", "simple", 0.13, phrases("""
+        is there {a} in the scene / is there {a} / do you see {a} / can you see {a} in the picture / is {a} visible /
+        is there any {n} around / does the picture show {a} / can you find {a} here / do you notice any {n} /
+        does the scene contain {a} / is {a} present in this image / can you spot {a} anywhere /
+        does this photo include {a} / is there at least one {n} / did the camera catch {a} /
+        do you see {a} on this street / is there {a} in front of the camera / is {a} shown here /
+        does {a} show up in the image / do you see any {n} in the picture""")),
+    "exists_at": Template("detection", "medium", 0.22, phrases("""
+        is there {a} {at} / do you see {a} {at} / is {a} visible {at} / can you see any {n} {at} / {at} , is there {a} /
+        does the picture show {a} {at} / is there any {n} {at} / can you find {a} {at} / does {a} appear {at} /
+        is {a} located {at} / can you spot {a} {at} / have you spotted {a} {at} / do you notice {a} {at}""")),
+    "near": Template("detection", "medium", 0.08, phrases("""
+        is there {a} near / is {a} close to us / do you see {a} nearby / is there a nearby {n} /
+        is {a} only a few metres away / is any {n} close to our vehicle / is there {a} close by /
+        can you see {a} near us""")),
+    "light": Template("state", "medium", 0.09, phrases("""
+        is the traffic light {c} / is the light {c} / is the signal {c} now / does the traffic light show {c} /
+        does the light look {c} / has the light turned {c} / is the colour of the light {c} /
+        is the signal currently {c} / has the signal switched to {c} / is the light showing {c} at this moment /
+        does the signal show {c} now""")),
+    "straight": Template("safety", "complex", 0.05, phrases("""
+        can the car safely go straight / is it safe to go straight / may we drive straight on /
+        can we continue straight ahead / is it safe to keep going / should we keep driving straight /
+        can the vehicle move forward safely / is it okay to proceed / is the car free to go straight /
+        can the driver carry on without risk / would it be safe to continue along this road /
+        may the car continue straight on""")),
+    "stop": Template("safety", "complex", 0.05, phrases("""
+        should the car stop / do we have to stop / must the vehicle halt / should we brake now /
+        is it necessary to stop here / does the car need to wait / is braking required /
+        should the driver hit the brakes / should the driver slow down and stop / is it time to press the brake pedal /
+        would it be wise to stop / is a stop needed / must we stop now""")),
+    "turn": Template("safety", "complex", 0.07, phrases("""
+        can the car safely turn {d} / is it safe to turn {d} / may we turn {d} / can we make a {d} turn /
+        is a {d} turn safe / could the vehicle turn {d} safely / is it okay to turn {d} here /
+        can the driver go {d} without danger / would a {d} turn be safe / can the driver safely steer {d} /
+        may the car make a {d} turn""")),
+    "change": Template("safety", "complex", 0.05, phrases("""
+        can the car safely change lanes to the {d} / is it safe to move to the {d} lane /
+        may we switch to the {d} lane / can we merge into the {d} lane / is a lane change to the {d} safe /
+        could the vehicle move over to the {d} / is it okay to take the {d} lane /
+        would it be safe to switch lanes to the {d} / is moving one lane to the {d} safe /
+        may the car change to the {d} lane""")),
+    "clear": Template("navigation", "simple", 0.07, phrases("""
+        is the {side} clear / is the {side} free / is the {side} open / does the {side} look clear /
+        is the {side} unobstructed / does the {side} look free of obstacles / is the {side} free of obstacles""")),
+    "and": Template("", "complex", 0.05, phrases("""
+        is there {a} and {b} / do you see {a} and {b} / are there both {a} and {b} / can you see {a} as well as {b} /
+        does the picture show {a} together with {b} / is there {a} and also {b} / are {a} and {b} both visible""")),
+    "and_no": Template("", "complex", 0.10, phrases("""
+        is there {a} and no {m} / do you see {a} but no {m} / is there {a} but no {m} / can you see {a} and no {m} /
+        does the picture show {a} but no {m} / do you notice {a} but no {m} /
+        does the scene contain {a} and no {m}""")),
+    "or": Template("", "complex", 0.05, phrases("""
+        is there {a} or {b} / do you see either {a} or {b} / can you find {a} or {b} / is {a} or {b} visible /
+        does the picture show {a} or {b} / do you notice {a} or {b} / is there either {a} or {b} in the scene""")),
 }
 DESCRIPTIONS = {
-    "describe": (
-        "describe the scene", "describe what you see", "what is in the scene", "what do you see",
-        "tell me what is in the picture", "list all objects around us", "what does the picture show",
-        "which things are in front of the camera", "give a short description of the street",
-        "what can be seen from the car", "name everything that you can see", "please describe this street",
-        "give me a summary of the traffic scene", "what objects are visible", "report what surrounds us",
-        "mention all that you notice", "summarise the street scene", "tell me what you see"),
-    "describe_at": (
-        "what is {at}", "what do you see {at}", "tell me what is {at}", "describe what is {at}",
-        "which things are {at}", "{at} , what do you see", "list all objects {at}", "what can be seen {at}"),
+    "describe": phrases("""
+        describe the scene / describe what you see / what is in the scene / what do you see /
+        tell me what is in the picture / list all objects around us / what does the picture show /
+        which things are in front of the camera / give a short description of the street /
+        what can be seen from the car / name everything that you can see / please describe this street /
+        give me a summary of the traffic scene / what objects are visible / report what surrounds us /
+        mention all that you notice / summarise the street scene / tell me what you see"""),
+    "describe_at": phrases("""
+        what is {at} / what do you see {at} / tell me what is {at} / describe what is {at} / which things are {at} /
+        {at} , what do you see / list all objects {at} / what can be seen {at}"""),
     # Without these, questions that pair an object and a place never paired in training lose 10 points more.
-    "where": (
-        "where is the {n}", "where is {a}", "where do you see {a}", "tell me where {a} is",
-        "in which part of the picture is the {n}", "where can {a} be seen"),
+    "where": phrases("""
+        where is the {n} / where is {a} / where do you see {a} / tell me where {a} is /
+        in which part of the picture is the {n} / where can {a} be seen"""),
 }
 # Questions that training never asks, although reasons and descriptions may mention the same things. Each of these
 # objects is still asked about at two places: at one place alone, the word for it would carry no information, and

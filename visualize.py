@@ -440,7 +440,7 @@ def draw_words(shot):
 def draw_reason(shot):
     """Where the model looked as it chose each word of its reason."""
     panels = [Panel(shot.picture, *entry) for entry in zip(shot.said, shot.reason.split())]
-    return draw_maps(shot, panels, "Each word of the reason, where the model looked as it chose it.")
+    return draw_maps(shot, panels, "Mean of all layers and heads, as each word was chosen.")
 
 
 def draw_layers(shot):
