@@ -238,7 +238,6 @@ def wordings(question, paraphrase, tries=12):
 
 
 BLOCK = {place: box("truck", centre=x, bottom=110) for place, x in (("left", 20), ("ahead", 64), ("right", 108))}
-FAR = {place: dict(BLOCK[place], box2d=dict(BLOCK[place]["box2d"], y2=75, y1=59)) for place in BLOCK}
 CAR_LEFT, BUS_AHEAD = box("car", centre=20), box("bus", bottom=110)
 
 
@@ -755,28 +754,22 @@ def test_overrides_are_cast_to_the_type_of_their_setting(capsys):
     ("--patch_size=12 --image_width=120", "stem=conv"),
     ("--vision_heads=3", "vision_dim=128"), ("--text_kv_heads=3", "text_heads=8"), ("--text_head_dim=15", "even"),
     ("--vision_dim=6 --vision_heads=1 --vision_positions=sincos", "divisible by 4"), ("--batch_size=0", "from 1"),
-    ("--dropout=1", "below 1"), ("--min_lr=5", "from 0 to 1"), ("--workers=-1", "from 0"),
-    ("--freeze_pictures=-2", "from -1"), ("--lora_rank=2", "--init_from"), ("--commands_stored=1", "at least 2"),
-    ("--seed=9223372036854775808", "to 10^12"), ("--dpi=99999", "30 to 1200"), ("batch_size=3", "--key=value"),
-    ("--image_width=1e300", "to 10^12"), ("--min_pixels=0", "from 1"), ("--min_pixels=inf", "to 10^9"),
+    ("--dropout=1", "below 1"), ("--workers=-1", "from 0"), ("--freeze_pictures=-2", "from -1"),
+    ("--lora_rank=2", "--init_from"), ("--commands_stored=1", "at least 2"), ("batch_size=3", "--key=value"),
+    ("--seed=9223372036854775808", "to 10^12"), ("--image_width=1e300", "to 10^12"), ("--min_pixels=inf", "to 10^9"),
     ("--min_pixels=200", "image_width=160"), ("--min_visible=2", "from 0 to 1"), ("--place_margin=0.17", "0.16"),
-    ("--near_line=9", "from 0.01 to 1"), ("--far_height=1e-300", "from 0.01 to 1"),
-    ("--close_height=1.5", "from 0.01 to 1"), ("--dpi=1", "30 to 1200"), ("--beam=999", "1 to 20"),
-    ("--seeds=21", "1 to 20"), ("--lr=2", "up to 1"), ("--read_pictures=1e300", "10^12"),
-    ("--text_layers=1e6", "to 10,000"), ("--rope_theta=1e-300", "from 1"), ("--grad_clip=1e308", "to 1000"),
-    ("--early_stopping=-1", "from 0"), ("--bootstrap=1e9", "to 10,000"), ("--out_dir=", "empty"),
-    ("--data_dir=", "empty")])
+    ("--near_line=9", "from 0.01 to 1"), ("--dpi=1", "30 to 1200"), ("--beam=999", "1 to 20"), ("--lr=2", "up to 1"),
+    ("--text_layers=1e6", "to 10,000"), ("--grad_clip=1e308", "to 1000"), ("--out_dir=", "empty"),
+    ("--far_line=0.99", "both near and far"), ("--far_height=0.99", "both near and far"),
+    ("--maybe_share=0.3", "block_share=0.5 is below twice")])
 def test_a_wrong_setting_is_one_line_that_says_what_would_work(arguments, says):
     refuses(lambda: config.from_args(arguments.split()), says)
 
 
-def test_random_arguments_are_read_or_refused_in_one_line():
-    rng, names, cases = random.Random(0), [*config.SETTINGS, "", "no_such"], []
+def test_odd_arguments_are_read_or_refused_in_one_line():
     odd = ["", "0", "-1", "1e400", "nan", "9" * 5000, "١٢", "None", "\0", "\n", "\ud800", "=", "(" * 999, "1j", "'a'"]
-    for _ in range(300):
-        text = rng.choice(odd) if rng.random() < 0.7 else "".join(chr(rng.randrange(1, 0xd800)) for _ in range(9))
-        cases.append([f"--{rng.choice(names)}={text}" if rng.random() < 0.9 else text for _ in range(2)])
-    assert 100 < fuzz(cases, config.from_args) < 300
+    cases = [[f"--{name}={text}"] for name, text in itertools.product((*config.SETTINGS, "", "no_such"), odd)]
+    assert 100 < fuzz(random.Random(0).sample(cases, 300), config.from_args) < 300
 
 
 @pytest.mark.parametrize("error, helps", [
@@ -1008,48 +1001,36 @@ def test_what_is_not_told_with_certainty_may_be_what_is_like_it():
             assert ask("exists", "car", labels=[small]) == FALSE
 
 
-def test_places_are_thirds_and_near_is_low_or_large_with_ambiguous_borders():
-    for centre, truths in ((38, (TRUE, FALSE, FALSE)), (40, (UNSURE, UNSURE, FALSE)), (46, (UNSURE, UNSURE, FALSE)),
-                           (47, (FALSE, TRUE, FALSE)), (84, (FALSE, UNSURE, UNSURE)), (90, (FALSE, FALSE, TRUE))):
-        label = box("car", centre=centre)
-        assert tuple(ask("exists_at", "car", place, [label]) for place in commands.PLACES) == truths, centre
-        assert ask("exists", "car", labels=[label]) == TRUE
+def test_near_is_low_or_large_with_ambiguous_borders():
     for bottom, truth in ((76, FALSE), (77, UNSURE), (92, UNSURE), (93, TRUE)):
         assert ask("near", "car", labels=[box("car", bottom=bottom)]) == truth, bottom
     # The height may contradict the lower edge.
     for bottom, height, text in ((110, 22, "near ahead"), (110, 21, "ahead"), (70, 35, "far ahead"), (70, 36, "ahead")):
         assert commands.describe(view_of(box("bus", bottom=bottom, height=height)), 4) == f"a bus {text}", height
-    for height, text in ((21, "a traffic sign far ahead"), (22, "a traffic sign ahead"), (29, "a traffic sign ahead"),
-                         (30, "a traffic sign near ahead")):
-        assert commands.describe(view_of(box("traffic sign", bottom=50, height=height)), 4) == text
+    for height, text in ((21, "far ahead"), (22, "ahead"), (29, "ahead"), (30, "near ahead")):
+        assert commands.describe(view_of(box("traffic sign", height=height)), 4) == f"a traffic sign {text}"
 
 
 @pytest.mark.parametrize("x1, x2, truths", [
-    (45, 91.7, (FALSE, TRUE, FALSE)), (45, 91.8, (FALSE, TRUE, UNSURE)), (36.3, 83, (FALSE, TRUE, FALSE)),
-    (36.2, 83, (UNSURE, TRUE, FALSE)), (0, 49, (TRUE, FALSE, FALSE)), (0, 49.1, (TRUE, UNSURE, FALSE)),
-    (10, 118, (UNSURE, TRUE, UNSURE)), (0, 76, (TRUE, UNSURE, FALSE)), (0, 86, (UNSURE, UNSURE, FALSE)),
-    (45, 118, (FALSE, UNSURE, UNSURE))])
+    (30, 46, (TRUE, FALSE, FALSE)), (32, 48, (UNSURE, UNSURE, FALSE)), (38, 54, (UNSURE, UNSURE, FALSE)),
+    (39, 55, (FALSE, TRUE, FALSE)), (45, 91.7, (FALSE, TRUE, FALSE)), (45, 91.8, (FALSE, TRUE, UNSURE)),
+    (0, 49, (TRUE, FALSE, FALSE)), (0, 49.1, (TRUE, UNSURE, FALSE)), (10, 118, (UNSURE, TRUE, UNSURE)),
+    (0, 76, (TRUE, UNSURE, FALSE)), (0, 86, (UNSURE, UNSURE, FALSE))])
 def test_an_object_is_where_its_centre_is_and_perhaps_in_each_third_that_it_reaches_far_into(x1, x2, truths):
-    label = between(x1, x2)
-    assert tuple(ask("exists_at", "truck", place, [label]) for place in commands.PLACES) == truths
-    mirrored = between(128 - x2, 128 - x1)
-    assert tuple(ask("exists_at", "truck", place, [mirrored]) for place in commands.PLACES) == truths[::-1]
+    for label, wanted in ((between(x1, x2), truths), (between(128 - x2, 128 - x1), truths[::-1])):
+        assert tuple(ask("exists_at", "truck", place, [label]) for place in commands.PLACES) == wanted
 
 
 @pytest.mark.parametrize("labels, left_ahead_right", [
-    ([between(45, 91.7)], (FALSE, TRUE, FALSE)), ([between(45, 91.8)], (FALSE, TRUE, UNSURE)),
     ([between(45, 106.6)], (FALSE, TRUE, UNSURE)), ([between(45, 106.7)], (FALSE, TRUE, TRUE)),
-    ([between(79, 128)], (FALSE, FALSE, TRUE)), ([between(78.9, 128)], (FALSE, UNSURE, TRUE)),
     ([between(64.1, 128)], (FALSE, UNSURE, TRUE)), ([between(63.9, 128)], (FALSE, TRUE, TRUE)),
-    ([between(0, 128)], (TRUE, TRUE, TRUE)),
     ([between(22, 63)], (UNSURE, UNSURE, FALSE)), ([between(20, 65)], (TRUE, TRUE, FALSE)),    # centres at a border
     ([between(60, 68, "pedestrian")], (FALSE, TRUE, FALSE)),
     ([between(60, 67.9, "pedestrian")], (FALSE, UNSURE, FALSE)),                               # too small to be certain
     ([between(0, 128, bottom=76)], (UNSURE, UNSURE, UNSURE)), ([between(54, 74, bottom=76)], (FALSE, FALSE, FALSE)),
     ([between(45, 128, bottom=92)], (FALSE, UNSURE, UNSURE)),
     ([between(0, 128, "traffic sign", height=40)], (FALSE, FALSE, FALSE)),
-    ([between(0, 55.5)], (TRUE, UNSURE, FALSE)), ([between(0, 55.5), between(72.5, 128)], (TRUE, UNSURE, TRUE)),
-    ([between(0, 55.5), between(63.9, 128)], (TRUE, TRUE, TRUE)),
+    ([between(0, 55.5), between(72.5, 128)], (TRUE, UNSURE, TRUE)),
     ([between(0, 55.5), BLOCK["ahead"]], (TRUE, TRUE, FALSE))])
 def test_a_near_road_user_blocks_the_third_of_its_centre_and_those_that_it_fills_by_half(labels, left_ahead_right):
     for place, blocked in zip(commands.PLACES, left_ahead_right):
@@ -1061,16 +1042,6 @@ def test_a_near_road_user_blocks_the_third_of_its_centre_and_those_that_it_fills
         assert ask("turn", side, labels=labels) == 2 - max(ahead, blocked)
 
 
-def wide_scenes(count):
-    """Random frames of road users of any width, most of them near, some with a light."""
-    rng = random.Random(3)
-    for _ in range(count):
-        ends = [sorted(rng.uniform(0, 128) for _ in range(2)) for _ in range(rng.randrange(4))]
-        lights = [lamp(rng.choice(("red", "yellow", "green", "none")), centre=rng.uniform(8, 120))]
-        yield lights[:rng.randrange(2)] + [
-            between(*x, rng.choice(commands.ROAD_USERS), rng.choice((76, 92, 110, 118))) for x in ends]
-
-
 def test_two_road_users_that_fill_half_of_the_way_ahead_together_never_leave_it_free():
     third, joint = SIZE / 3, Counter()
     for a, b in itertools.product(np.arange(44.0, 64), np.arange(65.0, 85)):    # none of the two fills half of it alone
@@ -1079,49 +1050,31 @@ def test_two_road_users_that_fill_half_of_the_way_ahead_together_never_leave_it_
     assert set(joint) == {(False, TRUE), (False, UNSURE), (True, UNSURE)} and joint[True, UNSURE] > 100, joint
 
 
-def test_light_colours():
+def test_a_red_or_yellow_light_forbids_to_go_straight_and_to_turn_but_blocks_no_way():
     left = dict(centre=20.0)
-    tiny_green = lamp("green", centre=20.0, width=4.0, height=6.0)
+    tiny_green = lamp("green", width=4.0, height=6.0, **left)
     for lamps, red_yellow_green in (
             ([], [FALSE, FALSE, FALSE]), ([lamp("green"), lamp("green", **left)], [FALSE, FALSE, TRUE]),
-            ([lamp("red"), lamp("none", **left)], [TRUE, FALSE, FALSE]), ([lamp("none")], [UNSURE] * 3),
-            ([lamp("red"), lamp("green", **left)], [UNSURE] * 3), ([tiny_green], [UNSURE] * 3),
-            ([lamp("red"), tiny_green], [UNSURE] * 3)):
+            ([lamp("red"), lamp("none", **left)], [TRUE, FALSE, FALSE]), ([lamp("yellow")], [FALSE, TRUE, FALSE]),
+            ([lamp("none")], [UNSURE] * 3), ([lamp("red"), lamp("green", **left)], [UNSURE] * 3),
+            ([tiny_green], [UNSURE] * 3), ([lamp("red"), tiny_green], [UNSURE] * 3)):
         assert [ask("light", colour, labels=lamps) for colour in commands.COLOURS] == red_yellow_green, lamps
-
-
-def test_what_forbids_to_drive_and_what_fills_a_side():
-    middle = box("car", centre=43, bottom=110)              # on the left or ahead
-    cases = [("straight", "", labels, truth) for labels, truth in (
-        ([], TRUE), ([FAR["ahead"]], TRUE), ([BLOCK["ahead"]], FALSE), ([BLOCK["left"], BLOCK["right"]], TRUE),
-        ([lamp("red")], FALSE), ([lamp("yellow")], FALSE), ([lamp("green"), BLOCK["ahead"]], FALSE),
-        ([lamp("none")], UNSURE), ([lamp("none"), BLOCK["ahead"]], FALSE), ([box("car", bottom=92)], UNSURE),
-        ([middle], UNSURE), ([box("traffic sign", bottom=110, height=40)], TRUE))]
-    cases += [("stop", "", labels, 2 - truth) for _, _, labels, truth in cases]
-    for side, other in (("left", "right"), ("right", "left")):
-        cases += [("turn", side, labels, truth) for labels, truth in (
-            ([], TRUE), ([BLOCK[other]], TRUE), ([BLOCK[side]], FALSE), ([BLOCK["ahead"]], FALSE),
-            ([lamp("red")], FALSE), ([lamp("green")], TRUE))]
-        cases += [("change", side, [BLOCK[side]], FALSE),
-                  ("change", side, [BLOCK[other], BLOCK["ahead"], lamp("red")], TRUE)]
-    for place in commands.PLACES:
-        others = [BLOCK[p] for p in BLOCK if p != place]
-        cases += [("clear", place, [BLOCK[place]], FALSE), ("clear", place, [*others, FAR[place], lamp("red")], TRUE),
-                  ("clear", place, [middle], TRUE if place == "right" else UNSURE)]
-    for template, side, labels, truth in cases:
-        assert ask(template, side, labels=labels) == truth, (template, side, labels)
+        for ahead, blocked in (([], FALSE), ([BLOCK["ahead"]], TRUE)):
+            labels, stop = ahead + lamps, max(blocked, *red_yellow_green[:2])
+            assert ask("stop", labels=labels) == stop == 2 - ask("straight", labels=labels), labels
+            assert ask("turn", "left", labels=labels) == ask("turn", "right", labels=labels) == 2 - stop, labels
+            assert ask("clear", "ahead", labels=labels) == 2 - blocked
+            assert ask("change", "left", labels=labels) == ask("clear", "left", labels=labels) == TRUE
 
 
 def test_and_or_and_no_follow_kleene():
-    tables = {"and": [[FALSE, FALSE, FALSE], [FALSE, UNSURE, UNSURE], [FALSE, UNSURE, TRUE]],
-              "or": [[FALSE, UNSURE, TRUE], [UNSURE, UNSURE, TRUE], [TRUE, TRUE, TRUE]],
-              "and_no": [[FALSE, FALSE, FALSE], [UNSURE, UNSURE, FALSE], [TRUE, UNSURE, FALSE]]}
     car, bus = ([[], [box(name, centre=x, width=5)], [box(name, centre=x)]] for name, x in (("car", 20), ("bus", 100)))
     light = [[], [lamp("none", centre=100)], [lamp("red", centre=100)]]
-    for template, table in tables.items():
-        for a, b in itertools.product((FALSE, UNSURE, TRUE), repeat=2):
-            assert ask(template, "car", "bus", car[a] + bus[b]) == table[a][b], (template, a, b)
-            assert ask(template, "car", "red light", car[a] + light[b]) == table[a][b], (template, a, b)
+    for a, b in itertools.product((FALSE, UNSURE, TRUE), repeat=2):
+        for second, labels in (("bus", car[a] + bus[b]), ("red light", car[a] + light[b])):
+            assert ask("and", "car", second, labels) == min(a, b)
+            assert ask("or", "car", second, labels) == max(a, b)
+            assert ask("and_no", "car", second, labels) == min(a, 2 - b)
 
 
 @pytest.mark.parametrize("question, labels, reason", [
@@ -1133,12 +1086,9 @@ def test_and_or_and_no_follow_kleene():
     ("light red", [lamp("green")], "the light is green"), ("light red", [], "no light is in view"),
     ("straight", [lamp("red"), BUS_AHEAD], "the light is red and a bus blocks the way ahead"),
     ("straight", [lamp("green"), BUS_AHEAD], "a bus blocks the way ahead"),
-    ("stop", [lamp("yellow")], "the light is yellow"),
     ("stop", [lamp("yellow"), between(0, 55.5)], "the light is yellow"),        # it may block: that is not certain
     ("stop", [lamp("green"), CAR_LEFT], "the light is green and nothing blocks the way ahead"),
-    ("straight", [lamp("green")], "the light is green and nothing blocks the way ahead"),
     ("turn left", [], "nothing blocks the way ahead or the left"),
-    ("turn right", [BLOCK["right"]], "a truck blocks the right"),
     ("turn right", [BLOCK["right"], BUS_AHEAD], "a bus blocks the way ahead"),
     ("change right", [between(45, 110)], "a truck blocks the right"),
     ("change right", [between(45, 110), box("pedestrian", centre=120, bottom=115)], "a pedestrian blocks the right"),
@@ -1151,20 +1101,19 @@ def test_and_or_and_no_follow_kleene():
     ("and_no car bus", [CAR_LEFT], "a car is far on the left and no bus is in view"),
     ("or car bus", [BUS_AHEAD], "a bus is near ahead"), ("or car bus", [], "no car is in view and no bus is in view")])
 def test_the_reason_names_the_cause(question, labels, reason):
-    template, first, second = (question.split() + ["", ""])[:3]
-    view, question = view_of(*labels), Question(template, first, second)
+    view, question = view_of(*labels), Question(*question.split())
     assert question.truth(view) != UNSURE and question.reason(view) == reason
     assert check_reason(reason, view) == TRUE
 
 
 def test_every_certain_answer_has_a_reason_that_the_rules_find_true():
-    asked = set()
-    for labels in wide_scenes(150):
-        view = view_of(*labels)
+    rng, asked = random.Random(3), set()
+    for _ in range(120):
+        view = View(commands.random_frame(rng, HAND), HAND)
         for question in QUESTIONS:
             truth = question.truth(view)
             if truth != UNSURE:
-                assert check_reason(question.reason(view), view) == TRUE, (question, labels)
+                assert check_reason(question.reason(view), view) == TRUE, (question, view.objects)
                 asked.add((question.template, truth))
     assert asked == set(itertools.product(commands.TEMPLATES, (FALSE, TRUE)))
 
@@ -1224,21 +1173,15 @@ def test_check_reason_denies_what_is_false_and_knows_its_grammar():
         for reason in reasons:
             assert check_reason(reason, view) == verdict, reason
     assert check_reason("a car is far", view_of(box("car", bottom=92))) == UNSURE
-    for right, verdict in ((91.7, FALSE), (91.8, UNSURE), (106.6, UNSURE), (106.7, TRUE)):
-        view = view_of(between(45, right), FAR["right"])
-        assert check_reason("a truck blocks the right", view) == verdict, right
-        assert check_reason("nothing blocks the right", view) == 2 - verdict, right
+    for reason in ("a truck blocks the right", "nothing blocks the right"):
+        assert check_reason(reason, view_of(between(45, 100))) == UNSURE
 
 
-def test_where_is_asked_of_what_is_certainly_there_or_not():
-    view = view_of(box("car"), box("bus", width=5), CAR_LEFT)           # the bus is too small to be certain
-    drawn_items = [commands.where_items(0, view, random.Random(seed)) for seed in range(300)]
-    assert {len({item["first"] for item in items}) - len(items) for items in drawn_items} == {0}
-    found = {item["first"]: item for items in drawn_items for item in items}
-    assert set(found) == set(CATEGORIES) - {"bus", "truck"}        # such a bus may be a truck
-    assert {c for c, item in found.items() if not item["reason"].startswith("no ")} == {"car"}
-    assert found["car"]["reason"] == commands.claim(view, "car") and found["car"]["family"] == "describe"
-    assert all(set(item["command"].split()) & commands.NAMED[c] for c, item in found.items())
+def test_where_is_asked_once_of_what_is_certainly_there_or_not():
+    view = view_of(box("car"), box("bus", width=5), CAR_LEFT)           # such a bus may be a truck
+    asked = [[item["first"] for item in commands.where_items(0, view, random.Random(seed))] for seed in range(300)]
+    assert all(len(set(own)) == len(own) for own in asked)
+    assert {category for own in asked for category in own} == set(CATEGORIES) - {"bus", "truck"}
 
 
 def never_trained(template, command):
@@ -1259,6 +1202,7 @@ def test_finished_commands_are_true_and_balanced(drawn, name):
             answers.setdefault(question, []).append(item["answer"])
         elif item["template"] == "where":
             assert item["reason"] == commands.claim(view, item["first"]) and view.there[item["first"]] != UNSURE
+            assert set(item["command"].split()) & commands.NAMED[item["first"]], item
         else:
             assert item["reason"] == commands.describe(view, drawn.cfg.max_describe, item["place"] or None)
         assert question.held_out == (name == "test_combos"), item
@@ -1379,15 +1323,6 @@ def test_twins_change_only_what_they_edit_and_flip_the_answer_or_keep_it(drawn):
                 changes = (prepare.draw_scene(new, size) != drawn.images[item["picture"]]).any(-1)
                 assert not (changes & ~allowed).any() and (changes.any() or not allowed.any()), (role, item, edit)
     assert kinds == {"remove", "add", "move", "recolour"}
-
-
-def test_nothing_can_be_near_and_far():
-    for near, far in (("near_line", "far_line"), ("near_height", "far_height")):
-        refuses(lambda: config.check(changed(DEFAULTS, **{near: 0.3, far: 0.4})), f"{far}=0.4 is above {near}=0.3")
-
-
-def test_two_road_users_that_leave_no_room_together_always_count():
-    refuses(lambda: config.check(changed(DEFAULTS, maybe_share=0.3)), "block_share=0.5 is below twice maybe_share=0.3")
 
 
 def test_traffic_keeps_to_the_right_in_its_lanes_and_no_pole_stands_on_the_road():
