@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -1629,25 +1629,30 @@ def test_data_are_prepared_once_and_reported_on_in_few_lines(tmp_path, capsys):
     assert prepare.ready(cfg) == meta and not capsys.readouterr().out
 
 
-def bdd_folder(root):
-    """A BDD100K tree as of 2018 with 20 frames for train and 6 for val, none broken; returns the records of train."""
-    rng = random.Random(0)
+TRAIN, VAL = (f"labels/bdd100k_labels_images_{folder}.json" for folder in ("train", "val"))
+PICTURES = "images/100k/train"
+
+
+@pytest.fixture
+def bdd(tmp_path):
+    """(root of a BDD100K tree as of 2018 with 20 frames for train and 6 for val, none broken; the records of train)"""
+    rng, root = random.Random(0), tmp_path / "bdd"
     (root / "labels").mkdir(parents=True)
-    for folder, count in (("val", 6), ("train", 20)):
+    for folder, labels, count in (("val", VAL, 6), ("train", TRAIN, 20)):
         listed = []
-        pictures = root / "images" / "100k" / folder
+        pictures = root / "images/100k" / folder
         pictures.mkdir(parents=True)
         for i in range(count):
             label = bdd_label(rng.choice(("car", "bus", "person")), 60, 60, 110, rng.choice((100, 160)))
             listed.append(dict(name=f"{folder}{i:02d}.jpg", timestamp=10000, labels=[label], attributes=dict(
                 weather="clear", scene="city street", timeofday="daytime")))
             Image.new("RGB", (320, 180), (40 + i, 90, 140)).save(pictures / listed[-1]["name"])
-        (root / "labels" / f"bdd100k_labels_images_{folder}.json").write_text(json.dumps(listed))
-    return listed
+        (root / labels).write_text(json.dumps(listed))
+    return root, listed
 
 
 def bdd_label(category, *edges, **attributes):
-    return dict(category=category, box2d=dict(zip(("x1", "y1", "x2", "y2"), edges)), attributes=attributes, id=1)
+    return dict(category=category, box2d=dict(zip(commands.EDGES, edges)), attributes=attributes, id=1)
 
 
 def bdd_settings(folder, **changes):
@@ -1664,12 +1669,43 @@ def rejected_in(folder):
 RECORDS = [dict(name="a.jpg", labels=[dict(category="car", box2d=dict(x1=1.5, y1=2, x2=3e2, y2=-4))]),
            dict(name='quote " and ] } , [ { in a name \\', labels=None), dict(name="ünïcode 路", labels=[]), {},
            dict(name="x" * 50, attributes=dict(deep=[[[1, 2], [3]], dict(a=dict(b=[True, None]))]))]
+UNFIT = "box empty, inverted, outside the picture, or in shares of its sides"
+LANE = dict(category="lane", poly2d=[dict(vertices=[[0, 0], [5, 5]], types="LL", closed=False)], id=2)
 
 
-def test_a_bdd100k_folder_is_read_and_what_is_broken_is_named(tmp_path):
+@pytest.mark.parametrize("label, kept, problem", [
+    (bdd_label("car", 30, 60, 90, 170), ["car", "none", 15.0, 32.0, 45.0, 90.67], None),
+    (bdd_label("bike", -20, 90, 60, 400), ["bicycle", "none", 0.0, 48.0, 30.0, 96.0], None),
+    (bdd_label("traffic light", 100, 10, 130, 70, trafficLightColor=[1, "G"]),
+     ["traffic light", "green", 50.0, 5.33, 65.0, 37.33], None),
+    (bdd_label("traffic light", 100, 10, 130, 70, trafficLightColor="mauve"),
+     ["traffic light", "none", 50.0, 5.33, 65.0, 37.33], ("colour", "unknown colour")),
+    (dict(bdd_label("car", 30, 60, 90, 170), attributes=[1]), ["car", "none", 15.0, 32.0, 45.0, 90.67], None),
+    (bdd_label("truck", 200, 100, 150, 120), None, ("label", UNFIT)),
+    (bdd_label("motor", 400, 10, 500, 90), None, ("label", UNFIT)),
+    (dict(category="bus", box2d=None, attributes={}), None, ("label", "no box")),
+    (dict(category="car", box2d=[1, 2, 3]), None, ("label", "no box")),
+    (bdd_label("spaceship", 1, 1, 90, 90), None, ("label", "category 'spaceship'")),
+    (LANE, None, ("unused", "category 'lane'")),
+    *((wrong, None, ("label", "malformed label")) for wrong in (None, "car", dict(category=["car"])))])
+def test_a_label_is_fitted_to_the_picture_or_its_problem_is_named(label, kept, problem):
+    record, problems = prepare.clean_record(dict(name="a.jpg", labels=[label]))
+    record, outside = prepare.fit_record(record, 320, 180, SHAPE)
+    assert [found[:2] for found in problems + outside] == [problem] * bool(problem)
+    assert [[label["category"], label["attributes"]["trafficLightColor"], *commands.corners(label)]
+            for label in record["labels"]] == [kept] * bool(kept)
+
+
+@pytest.mark.parametrize("damage", [
+    dict(frames=7), dict(frames=[dict(objects=[]), dict(objects=[])]), dict(labels="car"), dict(labels={"a": 1})])
+def test_labels_of_another_form_are_named(damage):
+    _, problems = prepare.clean_record(dict(name="a.jpg", **damage))
+    assert {problem[:2] for problem in problems} == {("label", "malformed label")}
+
+
+def test_a_bdd100k_folder_is_read_and_what_is_broken_is_named(bdd, tmp_path):
     """One tree whole, then broken in many places: each is named, and all else stays as it was, in the same order."""
-    root, out = tmp_path / "bdd", tmp_path / "out"
-    listed = bdd_folder(root)
+    (root, listed), out = bdd, tmp_path / "out"
     cfg = bdd_settings(tmp_path, max_bad_share=0.8)
     meta = prepare.prepare(cfg)
     whole = {frame["name"]: frame for frame in frames_in(out)}
@@ -1679,23 +1715,13 @@ def test_a_bdd100k_folder_is_read_and_what_is_broken_is_named(tmp_path):
     for name, frame in whole.items():
         colour = images[frame["index"], 64, 64].astype(int)
         assert abs(colour - (40 + int(name[-6:-4]), 90, 140)).max() < 6 and frame["split"] == prepare.split_of(name)
-    lane = dict(category="lane", poly2d=[dict(vertices=[[0, 0], [5, 5]], types="LL", closed=False)], id=2)
-    edges = dict(x1=30, y1=60, x2=90, y2=170)
-    labels = {
-        1: [bdd_label("car", 30, 60, 90, 170), dict(category="bus", box2d=None, attributes={}), lane,
-            bdd_label("truck", 200, 100, 150, 120), bdd_label("spaceship", 1, 1, 90, 90),
-            bdd_label("bike", -20, 90, 60, 400), bdd_label("motor", 400, 10, 500, 90),
-            bdd_label("traffic light", 100, 10, 130, 70, trafficLightColor="G"),
-            bdd_label("traffic light", 200, 10, 230, 70, trafficLightColor="mauve")],
-        2: None, 3: [lane], 4: [None], 5: ["car"], 6: dict(a=1), 7: [dict(category=["car"], box2d=edges)],
-        8: [dict(category="car", box2d=edges, attributes=[1])], 9: [dict(category="car", box2d=[1, 2, 3])]}
-    for i, given in labels.items():
-        listed[i]["labels"] = given
-    listed[10]["name"] = listed[11]["name"]
+    listed[1]["labels"] += [LANE, bdd_label("spaceship", 1, 1, 90, 90), bdd_label("motor", 400, 10, 500, 90)]
+    listed[2]["labels"].append(bdd_label("traffic light", 100, 10, 130, 70, trafficLightColor="mauve"))
+    listed[10] = listed[9]
     del listed[12]["name"]
     listed[13]["name"] = "\ud800.jpg"
-    (root / "labels" / "bdd100k_labels_images_train.json").write_text(json.dumps(listed))
-    pictures = root / "images" / "100k" / "train"
+    (root / TRAIN).write_text(json.dumps(listed))
+    pictures = root / PICTURES
     half = (pictures / "train14.jpg").read_bytes()
     (pictures / "train14.jpg").write_bytes(half[:len(half) * 3 // 4])
     (pictures / "train15.jpg").write_bytes(b"")
@@ -1704,40 +1730,26 @@ def test_a_bdd100k_folder_is_read_and_what_is_broken_is_named(tmp_path):
     (pictures / "train19.jpg").unlink()
     meta = prepare.prepare(cfg)
     assert rejected_in(out) == [
-        ("train01.jpg", "label", "no box"), ("train01.jpg", "label", "category 'spaceship'"),
-        ("train01.jpg", "colour", "unknown colour"),
-        *[("train01.jpg", "label", "box empty, inverted, outside the picture, or in shares of its sides")] * 2,
-        *((f"train{i:02d}.jpg", "label", "malformed label") for i in (4, 5, 6, 7)), ("train09.jpg", "label", "no box"),
-        ("train11.jpg", "frame", "duplicate name"), ("", "frame", "no name"),
+        ("train01.jpg", "label", "category 'spaceship'"), ("train01.jpg", "label", UNFIT),
+        ("train02.jpg", "colour", "unknown colour"),
+        ("train09.jpg", "frame", "duplicate name"), ("", "frame", "no name"),
         *((name, "frame", "truncated or broken picture") for name in ("\\ud800.jpg", "train14.jpg")),
         ("train15.jpg", "frame", "not a picture"), ("train17.jpg", "frame", "huge picture"),
         ("train18.jpg", "frame", "wrong size"), ("train19.jpg", "frame", "missing picture")]
-    assert (meta["rejected"], meta["rejected_by"]["wrong size"], meta["labels_dropped"]["malformed label"]) == (8, 1, 4)
-    assert meta["labels_dropped"]["category 'lane'"] == 2 and "train14.jpg" in (out / "rejected.csv").read_text()
-    frames = {frame["name"]: frame for frame in frames_in(out)}
-    assert list(frames) == [name for name in whole if not re.match("train1[02345789]", name)]
-    assert [frame["index"] for frame in frames.values()] == list(range(18)) and meta["frames"] == 18
-    for name, frame in frames.items():
-        assert name in [f"train{i:02d}.jpg" for i in range(1, 12)] or dict(frame, index=0) == dict(whole[name], index=0)
-    assert (prepare.stored_images(cfg, meta) == images[[whole[name]["index"] for name in frames]]).all()
-    kept = frames["train01.jpg"]["labels"]
-    assert [(label["category"], label["attributes"]["trafficLightColor"]) for label in kept] == [
-        ("car", "none"), ("bicycle", "none"), ("traffic light", "green"), ("traffic light", "none")]
-    assert [list(label["box2d"].values()) for label in kept[:3]] == [
-        [15.0, 32.0, 45.0, 90.67], [0.0, 48.0, 30.0, 96.0], [50.0, 5.33, 65.0, 37.33]]
-    assert [len(frames[f"train{i:02d}.jpg"]["labels"]) for i in range(2, 10)] == [0, 0, 0, 0, 0, 0, 1, 0]
+    assert (meta["rejected"], meta["rejected_by"]["wrong size"]) == (8, 1)
+    assert meta["labels_dropped"] == {
+        "category 'spaceship'": 1, "category 'lane'": 1, UNFIT: 1, "unknown colour": 1}
+    frames = frames_in(out)
+    assert [frame["name"] for frame in frames] == [name for name in whole if not re.match("train1[02345789]", name)]
+    for index, frame in enumerate(frames):
+        assert frame == dict(whole[frame["name"]], index=index) or frame["name"] == "train02.jpg"
+    assert (prepare.stored_images(cfg, meta) == images[[whole[frame["name"]]["index"] for frame in frames]]).all()
 
 
-def renamed(folder, name):
-    """Every picture in a folder gets the name that the text `name` makes of its stem."""
-    for path in list(folder.iterdir()):
-        path.rename(folder / name.format(path.stem))
-
-
-def relabelled(path, change):
-    """Each record of a list of labels changed by change(record)."""
-    listed = json.loads(path.read_text())
-    path.write_text(json.dumps([change(record) for record in listed]))
+def relabelled(root, change):
+    """Each record of train changed by change(record)."""
+    listed = json.loads((root / TRAIN).read_text())
+    (root / TRAIN).write_text(json.dumps([change(record) for record in listed]))
 
 
 def beside(name, content):
@@ -1745,32 +1757,26 @@ def beside(name, content):
     return lambda root: (root / "labels" / name).write_text(content)
 
 
-LABELS, PICTURES = "labels/bdd100k_labels_images_{}.json", "images/100k/train"
-LANES = json.dumps([dict(name="a.jpg", labels=[dict(category="lane", poly2d=[[1, 2]])])])
+LANES = json.dumps([dict(name="a.jpg", labels=[LANE])])
 NOT_QUITE = {
-    "files in capitals": lambda root: renamed(root / PICTURES, "{}.JPG"),
-    "names in capitals": lambda root: relabelled(root / LABELS.format("train"),
-                                                 lambda record: dict(record, name=record["name"].upper())),
-    "names with folders": lambda root: relabelled(root / LABELS.format("train"),
-                                                  lambda record: dict(record, name="100k\\train\\" + record["name"])),
+    "files in capitals": lambda root: [path.rename(path.with_suffix(".JPG")) for path in sorted(root.rglob("*.jpg"))],
+    "names in capitals": lambda root: relabelled(root, lambda record: dict(record, name=record["name"].upper())),
+    "names with folders": lambda root: relabelled(
+        root, lambda record: dict(record, name="100k\\train\\" + record["name"])),
     "pictures in the other folder": lambda root: [path.rename(root / "images/100k/val" / path.name)
-                                                  for path in list((root / PICTURES).iterdir())],
+                                                  for path in sorted((root / PICTURES).iterdir())],
     "hidden": beside("._bdd100k_labels_images_train.json", "\0\5"),
-    "COCO": beside("a_det_coco_train.json", '{"images": [{"id": 1}], "annotations": []}'),
     "lanes": beside("a_lane_train.json", LANES), "broken": beside("a_train.json", "[{"),
-    "an archive": beside("a_train.json.zip", "PK"), "a folder": lambda root: (root / "labels/a_train.json").mkdir(),
-    "another layout": lambda root: [(root / "labels/det_20").mkdir(), (root / LABELS.format("train")).rename(
-        root / "labels/det_20/det_train.json"), beside("a_train.json", LANES)(root)],
-    "JSON lines": lambda root: (root / LABELS.format("train")).write_text("\n".join(
-        map(json.dumps, json.loads((root / LABELS.format("train")).read_text())))),
-    "a list with a name": lambda root: (root / LABELS.format("train")).write_text(
-        '{"name": "bdd", "frames": ' + (root / LABELS.format("train")).read_text() + "}")}
+    "a folder": lambda root: (root / "labels/a_train.json").mkdir(),
+    "another layout": lambda root: [(root / "labels/det_20").mkdir(), beside("a_train.json", LANES)(root),
+                                    (root / TRAIN).rename(root / "labels/det_20/det_train.json")],
+    "a list with a name": lambda root: (root / TRAIN).write_text(
+        '{"name": "bdd", "frames": ' + (root / TRAIN).read_text() + "}")}
 
 
 @pytest.mark.parametrize("case", NOT_QUITE)
-def test_a_folder_that_is_not_quite_bdd100k_is_read_as_a_whole(tmp_path, case, capsys):
-    bdd_folder(tmp_path / "bdd")
-    NOT_QUITE[case](tmp_path / "bdd")
+def test_a_folder_that_is_not_quite_bdd100k_is_read_as_a_whole(bdd, tmp_path, case, capsys):
+    NOT_QUITE[case](bdd[0])
     records = list(prepare.bdd_records(bdd_settings(tmp_path)))
     assert len(records) == 26 and not any(problems for *_, problems in records)
     assert len({path for path, *_ in records}) == 26
@@ -1780,48 +1786,36 @@ def test_a_folder_that_is_not_quite_bdd100k_is_read_as_a_whole(tmp_path, case, c
     assert re.search(f"train: the labels are read from .*{used}", capsys.readouterr().out)
 
 
-def test_what_is_not_there_is_said_with_an_example(tmp_path):
-    root = tmp_path / "bdd"
-    listed = bdd_folder(root)
-    (root / LABELS.format("train")).write_text(json.dumps(listed + [dict(listed[0], name="x/TRAIN00.JPG")]))
+def test_what_is_not_there_is_said_with_an_example(bdd, tmp_path):
+    root, listed = bdd
+    (root / TRAIN).write_text(json.dumps(listed + [dict(listed[0], name="x/TRAIN00.JPG")]))
     *_, problems = [record for record in prepare.bdd_records(bdd_settings(tmp_path)) if record[1] == "train"][-1]
     assert problems[0][:2] == ("frame", "duplicate name"), "the same picture by another name"
-    relabelled(root / LABELS.format("train"), lambda record: dict(record, labels=[bdd_label("car", 0.1, 0.2, 0.9, 1)]))
+    relabelled(root, lambda record: dict(record, labels=[bdd_label("car", 0.1, 0.2, 0.9, 1)]))
     refuses(lambda: prepare.prepare(bdd_settings(tmp_path)), "in shares", "car [0.1, 0.2, 0.9, 1.0] in 320x180")
     for path in (root / PICTURES).iterdir():
         path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a")
     refuses(lambda: prepare.prepare(bdd_settings(tmp_path)), "not a picture 20", "git lfs pull")
-    (root / LABELS.format("val")).write_text(LANES)
+    (root / VAL).write_text(LANES)
     beside("a_val.json", "[{")(root)
     refuses(lambda: prepare.prepare(bdd_settings(tmp_path)), "a_val.json", "images_val.json holds not one box")
-    for path in [*root.rglob("*.jpg"), root / LABELS.format("val"), root / "labels/a_val.json"]:
+    for path in [*root.rglob("*.jpg"), root / VAL, root / "labels/a_val.json"]:
         path.unlink()
     refuses(lambda: prepare.prepare(bdd_settings(tmp_path, max_bad_share=0.9)), "there is no picture")
     refuses(lambda: prepare.prepare(bdd_settings(tmp_path, max_bad_share=1.0)), "not one picture is left")
 
 
-def test_only_one_folder_that_tests_alone_is_prepared_and_not_trained_on(tmp_path):
-    root = tmp_path / "bdd"
-    bdd_folder(root)
-    (root / LABELS.format("train")).unlink()
+def test_only_one_folder_that_tests_alone_is_prepared_and_not_trained_on(bdd, tmp_path):
+    (bdd[0] / TRAIN).unlink()
     cfg = bdd_settings(tmp_path, val_is_test=True, row_tokens=64)
     meta = prepare.prepare(cfg)
     assert meta["splits"] == dict(test=6) and min(meta["std"]) > 0
     refuses(lambda: train.train(cfg), "no training commands")
 
 
-@pytest.mark.parametrize("damage", [
-    dict(frames={"x": 1}), dict(frames=7), dict(frames=[dict(objects=[]), dict(objects=[])]), dict(frames=[1]),
-    dict(labels=7), dict(labels="car"), dict(labels={"a": 1})])
-def test_labels_of_another_form_are_named(damage):
-    _, problems = prepare.clean_record(dict(name="a.jpg", **damage))
-    assert {problem[:2] for problem in problems} == {("label", "malformed label")}
-
-
 def test_a_full_disk_is_foreseen(tmp_path):
-    cfg = config.from_args([], num_scenes=3, num_ood_scenes=0, data_dir=str(tmp_path), workers=1)
-    for changes in (dict(num_scenes=10 ** 15), dict(image_width=16 * 10 ** 11)):
-        refuses(lambda: prepare.prepare(changed(cfg, **changes)), "images.bin", "GB are free")
+    cfg = config.from_args([], num_scenes=10 ** 12, data_dir=str(tmp_path))
+    refuses(lambda: prepare.prepare(cfg), "images.bin", "GB are free")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="this system does not tell")
@@ -1831,19 +1825,18 @@ def test_workers_are_as_many_as_the_cores_that_may_be_used(monkeypatch):
     assert list(prepare.parallel(abs, range(-100, 0), changed(DEFAULTS, workers=0), "numbers", 100))[0] == 100
 
 
-def test_refused_or_failed_runs_leave_the_old_data(tmp_path):
-    root, out = tmp_path / "bdd", tmp_path / "out"
-    bdd_folder(root)
+def test_refused_or_failed_runs_leave_the_old_data(bdd, tmp_path):
+    out = tmp_path / "out"
     cfg = bdd_settings(tmp_path, weather="", timeofday="")
     prepare.prepare(cfg)
     old = {path.name: path.read_bytes() for path in out.iterdir()}
     assert set(old) == {"meta.json", "frames.jsonl", "images.bin", "rejected.csv", "vocab.json"} | {
         pattern.format(name) for name in SETS for pattern in ("commands_{}.jsonl", "tokens_{}.npy", "index_{}.npy")}
-    (root / "images" / "100k" / "train" / "train00.jpg").unlink()
+    (bdd[0] / PICTURES / "train00.jpg").unlink()
     for changes, *words in (
             (dict(max_bad_share=0.03), "1 of 26 frames are bad, over max_bad_share=0.03: missing picture 1; "),
             (dict(scene="tunnel", keep_undefined=False), "no frame passes", "weather clear 26", "scene city street 26"),
-            (dict(weather="cleer"), "no bdd100k scene has weather 'cleer', did you mean 'clear'"),
+            (dict(weather="cleer"), "weather 'cleer', did you mean 'clear'"),
             (dict(bdd_dir="nowhere"), "'nowhere' is not a folder"),
             (dict(bdd_dir=str(tmp_path)), "no labels found", "det_20/det_train.json")):
         refuses(lambda: prepare.prepare(changed(cfg, **changes)), *words)
@@ -1854,28 +1847,20 @@ def test_refused_or_failed_runs_leave_the_old_data(tmp_path):
     with pytest.raises(OSError):                                           # new files cannot take its place
         prepare.prepare(cfg)
     assert not (out / "meta.json").exists(), "half new data are none"
-    for path in (root / "images").rglob("*.jpg"):                          # smaller pictures, the same boxes
-        Image.new("RGB", (32, 18)).save(path)
-    refuses(lambda: prepare.prepare(cfg), "labels are bad", "outside the picture")
 
 
-def test_filters_and_splits_of_a_bdd100k_folder(tmp_path):
-    path = tmp_path / "bdd" / "labels" / "bdd100k_labels_images_train.json"
-    listed = bdd_folder(tmp_path / "bdd")
+def test_filters_and_splits_of_a_bdd100k_folder(bdd, tmp_path):
+    root, listed = bdd
     listed[4]["attributes"]["weather"] = "rainy"
     listed[5]["attributes"]["weather"] = "undefined"
     listed[6]["attributes"] = ["clear"]
-    path.write_text(json.dumps(listed))
+    (root / TRAIN).write_text(json.dumps(listed))
     for weather, keep, count in (("clear", True, 25), ("clear", False, 23), ("undefined", False, 2), ("rainy", True, 3),
                                  ("rainy", False, 1), ("clear, rainy", False, 24), ("", False, 26)):
         cfg = bdd_settings(tmp_path, weather=weather, timeofday="", keep_undefined=keep)
         assert len(list(prepare.bdd_records(cfg))) == count
     prepare.prepare(changed(cfg, val_is_test=True))
     assert all((f["split"] == "test") == f["name"].startswith("val") for f in frames_in(tmp_path / "out"))
-    for labels in ([dict(category="car", rle=dict(counts="c?", size=[9, 9]))],
-                   [dict(category="car", poly2d=[[1, 2]], box2d=None)], None):
-        path.write_text(json.dumps([dict(name="a.jpg", labels=labels)]))
-        refuses(lambda: prepare.prepare(cfg), "images_train.json holds not one box")
 
 
 WHOLE = [json.dumps(RECORDS), "[]", json.dumps(RECORDS, indent=2, ensure_ascii=False), '{"frames": []}',
@@ -1915,18 +1900,16 @@ def test_the_memory_for_reading_a_list_does_not_grow_with_it(tmp_path):
 
 
 def test_one_frame_in_every_format_is_one_record(tmp_path):
-    def labels(person, colour, **more):
-        return [dict(bdd_label(person, 10, 20, 60.5, 90, occluded=True), **more),
+    def labels(person, colour):
+        return [bdd_label(person, 10, 20, 60.5, 90, occluded=True),
                 bdd_label("traffic light", 100, 10, 130, 70, trafficLightColor=colour)]
     where, video = dict(weather="clear", timeofday="night"), "aaaaaaaa-bbbbbbbb"
     old = [*labels("person", "green"), dict(category="area/drivable", poly2d=[[1, 2, "L"]])]
-    record = dict(name="a.jpg", attributes=where, labels=labels("pedestrian", "G", poly2d=None, box3d=None))
+    record = dict(name="a.jpg", attributes=where, labels=labels("pedestrian", "G"))
     written = {
         "bdd100k_labels_images_train.json": [dict(record, labels=old)],
         "100k/train/a.json": dict(name="a", frames=[dict(timestamp=1, objects=old)], attributes=where),
         "det_20/det_train.json": [record, dict(name="b.jpg", labels=None)],
-        "det_20/det_train_lists.json": [dict(record, labels=labels("person", [1, "G"]))],
-        "det_20/det_train_dict.json": dict(frames=[record], config={}),
         f"box_track_20/train/{video}.json": [
             dict(name=f"{video}-0000001.jpg", videoName=video, labels=labels("pedestrian", "G"))]}
     expected = [("pedestrian", (10, 20, 60.5, 90), dict(trafficLightColor="none", occluded=True)),
@@ -1937,7 +1920,6 @@ def test_one_frame_in_every_format_is_one_record(tmp_path):
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(content))
         (file.parent / "b.json").write_text("{half")                       # one of many files costs its frame alone
-        (file.parent / f"._{file.name}").write_text("{half")               # a hidden one costs none
         cfg = config.from_args([], source="bdd100k", bdd_dir=str(root), weather="", timeofday="")
         (picture, split, found, problems), *others = prepare.bdd_records(cfg)
         tracked = path.startswith("box_track")
@@ -1974,7 +1956,7 @@ def read_picture(path, size=(40, 30)):
     return picture, sides
 
 
-def test_pictures_of_every_kind_become_upright_rgb_or_are_refused_by_name(tmp_path):
+def test_pictures_of_every_kind_become_rgb_or_are_refused_by_name(tmp_path):
     grey, red, rng = Image.new("L", (40, 30), 120), Image.new("RGB", (40, 30), (200, 30, 60)), random.Random(0)
     kinds = {"grey.png": grey, "grey.jpg": grey, "rgba.png": red.convert("RGBA"), "plain.jpg": red,
              "cmyk.jpg": red.convert("CMYK"), "palette.gif": red.convert("P", palette=Image.Palette.ADAPTIVE),
@@ -1997,32 +1979,20 @@ def test_pictures_of_every_kind_become_upright_rgb_or_are_refused_by_name(tmp_pa
             assert np.abs(np.asarray(picture)[8, 8] - np.array(colour, float)).max() <= 8, name
         refused += fuzz([tmp_path / f"{k:02d}{name}" for k in range(15)], read)
     assert 10 < refused < 150
-    upright = Image.new("RGB", (40, 60))
-    upright.paste((250, 10, 10), (0, 0, 40, 30))                           # red above black
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                       # stored turned, to be shown turned back
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    for size in ((40, 60), (32, 48)):
-        picture, sides = read_picture(tmp_path / "turned.jpg", size)
-        assert sides == (40, 60)
-        above, below = (picture.getpixel((8, picture.height * k // 4))[0] for k in (1, 3))
-        assert above > 200 and below < 50
     for name in (".", "absent.jpg"):
         refuses(lambda: read_picture(tmp_path / name), str(tmp_path / name))
 
 
-def test_every_orientation_is_turned_upright(tmp_path):
-    upright = Image.fromarray(np.arange(96, dtype=np.uint8).reshape(8, 12) * 2).convert("RGB")
-    for orientation in range(1, 9):
-        for ending in ("png", "tif", "jpg"):
-            exif = Image.Exif()
-            exif[0x0112] = orientation
-            path = tmp_path / f"{orientation}.{ending}"
-            upright.save(path, exif=exif, quality=100)
-            with Image.open(path) as stored:
-                expected = ImageOps.exif_transpose(stored)
-            picture, sides = read_picture(path, expected.size)
-            assert (np.asarray(picture) == np.asarray(expected)).all() and sides == expected.size
+@pytest.mark.parametrize("ending", ["png", "tif", "jpg"])
+def test_a_picture_that_is_stored_turned_is_turned_back(tmp_path, ending):
+    upright, exif, path = Image.new("RGB", (40, 60)), Image.Exif(), tmp_path / f"a.{ending}"
+    upright.paste((250, 10, 10), (0, 0, 40, 30))                           # red above black
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    for size in ((40, 60), (32, 48)):
+        picture, sides = read_picture(path, size)
+        above, below = (picture.getpixel((8, picture.height * k // 4))[0] for k in (1, 3))
+        assert sides == (40, 60) and above > 200 and below < 50
 
 
 def test_a_picture_is_read_or_rejected_alone_whatever_pillow_says(tmp_path, monkeypatch):
@@ -2034,19 +2004,11 @@ def test_a_picture_is_read_or_rejected_alone_whatever_pillow_says(tmp_path, monk
     path.write_bytes(content[:2] + b"\xff\xe1" + struct.pack(">H", len(tiff) + 8) + b"Exif\0\0" + tiff + content[2:])
     assert read_picture(path)[1] == (60, 40)
     assert prepare.MAX_PIXELS > 8192 * 6144, "the photos of a usual phone"
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "MAX_PIXELS", 10_000)
-        Image.new("L", (400, 300)).save(path)
-        refuses(lambda: read_picture(path), "400x300 pixels")
-    for name, content, says in (("a.heic", b"\0\0\0\x18ftypheic" + bytes(99), "HEIC"), ("b.jpg", b"", "empty"),
-                                ("c.jpg", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")):
-        (tmp_path / name).write_bytes(content)
-        refuses(lambda: read_picture(tmp_path / name), name, says)
     Image.new("RGB", (40, 60)).save(path)
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "getexif", lambda image: image.no_such)
         assert read_picture(path)[1] == (40, 60), "damaged EXIF data cost the orientation alone"
-    for kind in (TypeError, NotImplementedError, RuntimeError, MemoryError, KeyError, struct.error, ZeroDivisionError):
+    for kind in (MemoryError, struct.error):
         def fail(*_, kind=kind):
             raise kind
         monkeypatch.setattr(Image.Image, "convert", fail)
