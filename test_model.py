@@ -1784,9 +1784,10 @@ def test_only_one_folder_that_tests_alone_is_prepared_and_not_trained_on(bdd, tm
     refuses(lambda: train.train(cfg), "no training commands")
 
 
-def test_a_full_disk_is_foreseen(tmp_path):
-    cfg = config.from_args([], num_scenes=10 ** 12, data_dir=str(tmp_path))
-    refuses(lambda: prepare.prepare(cfg), "images.bin", "GB are free")
+def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 ** 5))
+    cfg = config.from_args([], num_scenes=3, num_ood_scenes=0, data_dir=str(tmp_path))
+    refuses(lambda: prepare.prepare(cfg), "images.bin", "for 3 pictures, but 0.0001 GB are free")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="this system does not tell")
