@@ -2017,7 +2017,7 @@ def test_accumulated_small_batches_learn_what_one_large_batch_learns(drawn, tmp_
     assert a[4] < a[2]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_resuming_after_an_interrupt_equals_never_stopping(tmp_path, monkeypatch, dtype, capsys):
     """To the bit, wherever it stopped: in either stage, in a later pass, between log lines, after validations."""
     cfg = made_up(tmp_path, see_pictures=24, read_pictures=40, eval_every=16, log_every=24, dropout=0.2, dtype=dtype,
@@ -2037,17 +2037,15 @@ def test_resuming_after_an_interrupt_equals_never_stopping(tmp_path, monkeypatch
 
 
 def test_resuming_says_what_changed_and_refuses_what_would_train_something_else(trained, tmp_path, capsys):
-    cfg = changed(trained, resume=True, out_dir=str(tmp_path))
-    shutil.copytree(trained.out_dir, tmp_path, dirs_exist_ok=True)
+    cfg, last = changed(trained, resume=True, out_dir=str(tmp_path)), tmp_path / "last.pt"
+    shutil.copy(Path(trained.out_dir) / "last.pt", last)
     other = changed(cfg, lr=0.1, seed=3, eval_every=5)
     refuses(lambda: train.train(other), "seed was 1337, now 3, lr was 0.002, now 0.1")
     train.train(changed(cfg, read_pictures=12, eval_every=5))
     said = capsys.readouterr().out
     assert "at step 2; " in said and "read_pictures was 8, now 12; eval_every was 8000, now 5" in said
-    shutil.copytree(trained.data_dir, tmp_path / "data")
-    vocabulary = tmp_path / "data" / "vocab.json"
-    vocabulary.write_text(vocabulary.read_text(encoding="utf-8").replace("?", "!"), encoding="utf-8")
-    refuses(lambda: train.train(changed(cfg, data_dir=str(tmp_path / "data"), read_pictures=12)), "vocabulary")
+    train.save_checkpoint(dict(train.load_checkpoint(last), words=["other"]), last)
+    refuses(lambda: train.train(cfg), "vocabulary")
 
 
 def test_a_killed_run_resumes_from_its_last_save(tmp_path, monkeypatch):
@@ -2065,35 +2063,35 @@ def test_a_killed_run_resumes_from_its_last_save(tmp_path, monkeypatch):
     assert logged(cfg.out_dir) == logged(whole.out_dir) and same(last_of(cfg), last_of(whole))
 
 
-def test_what_was_trained_is_never_lost_without_a_word_and_what_is_missing_is_said_before_data_are_prepared(
-        trained, tmp_path):
-    before = {path.name: path.read_bytes() for path in Path(trained.out_dir).iterdir()}
-    refuses(lambda: train.train(changed(trained, lr=0.1)), "holds a run", "--resume=True", "--out_dir", "--overwrite")
-    assert {path.name: path.read_bytes() for path in Path(trained.out_dir).iterdir()} == before
+def test_what_was_trained_is_never_lost_without_a_word(trained, tmp_path):
     for name in ("best.pt", "last.pt"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / name).write_bytes(before[name])
-        refuses(lambda: train.train(changed(trained, out_dir=str(tmp_path / name))), "holds a run")
-    train.train(changed(trained, out_dir=str(tmp_path / "best.pt"), overwrite=True))
-    assert (tmp_path / "best.pt" / "last.pt").exists()
-    nowhere = changed(trained, out_dir=str(tmp_path / "out"), data_dir=str(tmp_path / "data"))
-    for change in (dict(resume=True), dict(init_from=str(tmp_path / "x.pt")),
-                   dict(resume=True, checkpoint=str(tmp_path / "x.pt"))):
+        file = tmp_path / name / name
+        file.parent.mkdir()
+        file.write_bytes(b"what was there")
+        cfg = changed(trained, out_dir=str(file.parent))
+        refuses(lambda: train.train(cfg), "holds a run", "--resume=True", "--out_dir", "--overwrite")
+        assert file.read_bytes() == b"what was there"
+    train.train(changed(cfg, overwrite=True))
+    assert last_of(cfg)["step"] == 2
+
+
+def test_a_missing_checkpoint_is_said_before_data_are_prepared(tmp_path):
+    nowhere = config.from_args([], out_dir=str(tmp_path / "out"), data_dir=str(tmp_path / "data"))
+    absent = str(tmp_path / "x.pt")
+    for change in (dict(resume=True), dict(init_from=absent), dict(resume=True, checkpoint=absent)):
         refuses(lambda: train.train(changed(nowhere, **change)), "no checkpoint")
-    assert not (tmp_path / "data").exists() and not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("told, found", [
-    ({}, (0, 1, 0)), (dict(WORLD_SIZE="2"), (0, 1, 0)), (dict(RANK="", WORLD_SIZE=""), (0, 1, 0)),
-    (dict(RANK="x", WORLD_SIZE="two", MASTER_ADDR="a"), (0, 1, 0)),
-    (dict(TORCHELASTIC_RUN_ID="none", RANK="3", LOCAL_RANK="1", WORLD_SIZE="4"), (3, 4, 1))])
-def test_only_torchrun_starts_several_processes(told, found, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
+def test_only_torchrun_starts_several_processes(monkeypatch):
+    """A cluster sets a part of what torchrun sets, for programs of its own."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4").items():
         monkeypatch.setenv(name, value)
-    assert train.processes() == found
-    assert found[1] > 1 or train.join_processes(torch.device("cpu")) == torch.device("cpu")
+    assert train.processes() == (0, 1, 0)
+    assert train.join_processes(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert train.processes() == (3, 4, 1)
 
 
 def test_data_whose_texts_are_too_long_for_the_settings_are_refused_at_once(drawn):
@@ -2281,6 +2279,7 @@ def test_another_device_is_sent_bytes_and_waited_for_once_an_update(tmp_path, ch
 
 def test_another_device_answers_and_looks_as_the_cpu(subject, tested, drawn, monkeypatch):
     shown, prompts, truth = np.stack([tested.pixels(i) for i in range(5)]), tested.prompts[:5], tested.truth[:5]
+    jobs = [(picture, [ids]) for picture, ids in zip(shown, prompts)]
 
     def all_of(asked):
         """What every way of asking the model returns, on the device where it is."""
@@ -2288,13 +2287,10 @@ def test_another_device_answers_and_looks_as_the_cpu(subject, tested, drawn, mon
         prompt = torch.tensor(tokenizer.pad(prompts, left=True)).to(asked.device)
         vision = asked.model.encode(asked.images(shown))
         shot = visualize.answer(asked, shown[0], "is there a car?")
-        odds, maps = zip(*asked.look(zip(shown, [[ids] for ids in prompts])))
-        changed = ablate.attack(asked, shown, prompts, truth, 8, 2)
-        return (train.predict(asked.model, val, asked.cfg, torch.float32)[1],
-                asked.model.generate(vision, prompt, 6, beam=2).tolist(),
-                asked.model.generate(vision, prompt, 6, use_cache=False).tolist(),
-                asked.say(zip(shown, [[ids] for ids in prompts])), (shot.verdict, shot.reason), shot.probability,
-                shot.cross, np.array(odds), np.concatenate(maps, 2), changed.mean((1, 2, 3)))
+        hurt = ablate.attack(asked, shown, prompts, truth, 8, 2)
+        return (train.predict(asked.model, val, asked.cfg, torch.float32)[1], *evaluate.watch(asked, jobs),
+                asked.model.generate(vision, prompt, 6, beam=2).tolist(), asked.say(jobs),
+                (shot.verdict, shot.reason), shot.probability, shot.cross, hurt.mean((1, 2, 3)))
     wanted = all_of(subject)
     monkeypatch.setattr(train, "pick_device", lambda cfg: THERE)
     with Pretence():
@@ -2308,25 +2304,20 @@ def test_another_device_answers_and_looks_as_the_cpu(subject, tested, drawn, mon
             assert one == other
 
 
-def test_the_pretended_device_sees_what_a_real_one_would_refuse(monkeypatch):
-    """Three faults, each of which nothing on a CPU would show."""
+def test_the_pretended_device_sees_what_a_real_one_would_refuse():
+    """Faults that nothing on a CPU would show."""
     model, images, tokens = tiny(), pictures(2), words(2, 6)
     with Pretence():
         model.to(THERE)
         images, tokens = images.to(THERE), tokens.to(THERE)
-        model(images, tokens)
         with pytest.raises(TypeError, match="cpu"):
             model(images, tokens).detach().numpy()
-        model.decoder.cos = model.decoder.cos.cpu()
-        with pytest.raises(RuntimeError, match="two devices"):
-            model(images, tokens)
-        model.to(THERE)
-        monkeypatch.setattr(model_file, "row_mask", lambda segment, queries: torch.zeros(2, 1, 6, 6))
-        with pytest.raises(RuntimeError, match="two devices"):
-            model(images, tokens)
         Pretence.waits.clear()
         tokens[tokens > 5]
         assert sum(Pretence.waits.values()) == 1
+        model.decoder.cos = model.decoder.cos.cpu()
+        with pytest.raises(RuntimeError, match="two devices"):
+            model(images, tokens)
 
 
 # ---- a GPU, where there is one: python -m pytest test_model.py -k cuda ----
@@ -2376,33 +2367,21 @@ def test_cuda_answers_by_either_attention_with_and_without_a_cache(dtype):
             logits = model(pictures(2).to(GPU), tokens.to(GPU), segment.to(GPU)).cpu()[segment > 0]
             assert (logits - wanted).abs().max() < 0.1 * wanted.std()
         vision, prompt = model.encode(pictures(2).to(GPU)), left_padded(texts(4, 7)).to(GPU)
-        said += [model.generate(vision, prompt, 6, beam, use_cache=cache).tolist()
-                 for beam in (1, 2) for cache in (True, False)]
-    assert said[0] == said[1] == said[4] == said[5] and said[2] == said[3] == said[6] == said[7]
-
-
-@cuda
-def test_cuda_without_room_is_one_line_that_helps(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit):
-        config.run(lambda cfg: torch.empty(1 << 50, device=GPU), "")
-    assert "halve --batch_size" in capsys.readouterr().err
+        said += [model.generate(vision, prompt, 6, beam=2, use_cache=cache).tolist() for cache in (True, False)]
+    assert said == [said[0]] * 4
 
 
 # ---- training: its parts ----
-@pytest.mark.parametrize("rank", (1, 2))
-def test_processes_meet_where_each_has_a_gpu(monkeypatch, rank):
+def test_processes_meet_where_each_has_a_gpu(monkeypatch):
     met = []
-    for name, value in (("TORCHELASTIC_RUN_ID", "a"), ("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 3)):
-        monkeypatch.setenv(name, str(value))
-    for place, name, value in ((torch.cuda, "device_count", lambda: 2), (torch.cuda, "set_device", met.append),
-                               (train.dist, "init_process_group", met.append)):
-        monkeypatch.setattr(place, name, value)
-    if rank == 2:
-        refuses(lambda: train.join_processes(torch.device("cuda")), "--nproc_per_node=2")
-    else:
-        assert train.join_processes(torch.device("cuda")) == torch.device("cuda:1")
-        assert met == [torch.device("cuda:1"), "cpu:gloo,cuda:nccl"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", met.append)
+    monkeypatch.setattr(train.dist, "init_process_group", met.append)
+    monkeypatch.setattr(train, "processes", lambda: (1, 3, 1))
+    assert train.join_processes(torch.device("cuda")) == torch.device("cuda:1")
+    assert met == [torch.device("cuda:1"), "cpu:gloo,cuda:nccl"]
+    monkeypatch.setattr(train, "processes", lambda: (2, 3, 2))
+    refuses(lambda: train.join_processes(torch.device("cuda")), "--nproc_per_node=2")
 
 
 def test_compile_takes_the_encoder_and_the_decoder(tmp_path, monkeypatch):
@@ -2449,48 +2428,43 @@ def test_tensorboard_is_told_the_graph_numbers_confusion_and_where_it_looked(dra
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     cfg = small_run(drawn, tmp_path, tensorboard=True, see_pictures=8, read_pictures=16, eval_every=8, log_every=8)
     train.train(cfg)
-    for name in ("loss", "lr", "grad_norm", "val_accuracy"):
-        rows = [(int(row["step"]), float(row[name])) for row in logged(cfg.out_dir) if row[name]]
-        assert told[name] == [(step, pytest.approx(value, rel=1e-4)) for step, value in rows], name
+    assert dict(told["loss"]) == pytest.approx(log_losses(tmp_path), rel=1e-6)
+    assert [step for step, _ in told["lr"]] == [2, 4, 6] and cfg.lr != cfg.lr_vision
     for step, rate in told["lr"]:                           # of the part that learns
         assert rate == pytest.approx((cfg.lr if step > 2 else cfg.lr_vision) * train.lr_scale(step - 1, cfg))
-    assert [step for step, _ in told["lr"]] == [2, 4, 6] and cfg.lr != cfg.lr_vision
     (step, picture), (_, asked) = told["where it looked"][-2:]
     assert step == 6 and picture.shape == (3, cfg.image_height, asked.count("?") * cfg.image_width)
-    assert 1 <= asked.count("?") <= cfg.batch_size
     model, *_ = train.load_model(changed(cfg, checkpoint=str(tmp_path / "last.pt")))
     data = train.Data(cfg, drawn.meta, "val")
     rows, odds = train.predict(model, data, cfg, torch.float32, cfg.eval_items)
     truth = data.index[rows, 3] == 1
-    counts = [((truth == t) & (said == (odds > 0))).sum() for t in (1, 0) for said in (True, False)]
-    assert list(map(int, re.findall(r"\d+", told["confusion"][-1][1]))) == counts
-    assert told["val_accuracy"][-1][1] == pytest.approx(train.balanced_accuracy(truth, odds))
+    right_yes, wrong_yes, wrong_no, right_no = map(int, re.findall(r"\d+", told["confusion"][-1][1]))
+    assert (right_yes, wrong_no) == ((truth & (odds > 0)).sum(), (~truth & (odds > 0)).sum())
+    shares = right_yes / (right_yes + wrong_yes), right_no / (right_no + wrong_no)
+    assert told["val_accuracy"][-1][1] == pytest.approx(np.mean(shares))
     loss = np.log1p(np.exp(np.where(truth, -odds, odds))).mean()
     assert told["val_loss"][-1][1] == pytest.approx(loss, rel=1e-4)
     assert told["graph"] == (1, cfg.row_tokens, len(data.tokenizer))
     assert told["folder"] == str(tmp_path) and told["closed"]
 
 
-def test_pictures_are_lit_where_the_question_looked(drawn):
-    data = train.Data(small_run(drawn, "unused"), drawn.meta, "train")
-    batch = data.batch(0, 6)
-    verdicts = torch.isin(batch.targets, torch.tensor([tokenizer.YES, tokenizer.NO]))
-    verdicts[0] = False                                                           # a picture without a question
-    batch.targets[0] = -1
-    rows = verdicts.any(-1).nonzero()[:, 0]
-    height, width = batch.images.shape[-2:]
-    cross = torch.full((2, 6, 2, batch.tokens.shape[1], 15), 0.01)
-    light = torch.full((len(rows), 3, 5), 0.2 + 0.8 * 0.02)
-    for n, b in enumerate(rows):
-        first = verdicts[b].nonzero()[0, 0]
-        cross[:, b, :, first, 5 + n % 3] = 0.5
-        light[n, 1, n % 3] = 1
-    picture, asked = train.attention_pictures(batch, cross, data.tokenizer, (3, 5))
-    whole = batch.pictures[rows] / 255                                                    # (n, h, w, 3)
-    light = light.repeat_interleave(height // 3, 1).repeat_interleave(width // 5, 2)
-    close(torch.stack(picture.split(width, -1)), (whole * light[..., None]).movedim(-1, 1))
-    assert len(asked) == len(rows) > 1
-    assert all(text.endswith(("? [YES]", "? [NO]")) and text.count("?") == 1 for text in asked)
+def test_pictures_are_lit_where_the_question_looked(lexicon):
+    """Patches of one pixel: three pictures, of which the second has a description alone."""
+    first, second = (lexicon.prompt(text) for text in ("is there a bus", "is the light red"))
+    described = lexicon.prompt("describe the scene") + lexicon.encode("a car")
+    tokens, segment = as_rows([[first + [tokenizer.YES], second + [tokenizer.NO]], [described],
+                               [described, second + [tokenizer.NO]]])
+    targets = F.pad(tokens[:, 1:], (0, 1))
+    batch = SimpleNamespace(pictures=torch.full((3, 2, 3, 3), 255), tokens=tokens, segment=segment, targets=targets)
+    cross = torch.full((2, 3, 2, tokens.shape[1], 6), 0.01)
+    cross[:, 0, :, len(first) - 1, 4] = 0.5
+    cross[:, 2, :, len(described + second) - 1, 0] = 0.5
+    picture, asked = train.attention_pictures(batch, cross, lexicon, (2, 3))
+    dark = 0.2 + 0.8 * 0.02
+    wanted = torch.full((2, 6), dark)
+    wanted[1, 1] = wanted[0, 3] = 1
+    close(picture, wanted.expand(3, 2, 6))
+    assert asked == ["is there a bus ? [YES]", "is the light red ? [NO]"]
 
 
 def test_lengths_are_counted_in_pictures():
@@ -2549,26 +2523,8 @@ def test_token_loss_is_the_weighted_sum_it_says():
 
 
 def test_balanced_accuracy_by_hand():
-    assert train.balanced_accuracy([1, 1, 1, 0], [1, 1, 1, 1]) == 0.5
     assert train.balanced_accuracy([1, 1, 1, 1, 0], [1, 1, 1, -1, -1]) == pytest.approx((0.75 + 1) / 2)
-    assert np.isnan(train.balanced_accuracy([1, 1], [1, -1])) and np.isnan(train.balanced_accuracy([], []))
-
-
-def test_every_question_of_a_set_is_asked_with_its_own_picture(drawn):
-    cfg = small_run(drawn, "unused", eval_batch=5)
-    data = train.Data(cfg, drawn.meta, "val")
-    torch.manual_seed(0)
-    model = VLM(cfg, len(data.tokenizer))
-    rows, odds = train.predict(model, data, cfg, torch.float32)
-    assert rows.tolist() == [k for k, item in enumerate(drawn.items["val"]) if item["answer"] is not None]
-    for k in (0, len(rows) // 2, len(rows) - 1):
-        item = drawn.items["val"][rows[k]]
-        scaled = (drawn.images[item["picture"]] / 255 - np.array(data.mean)) / np.array(data.std)
-        images = torch.tensor(scaled.transpose(2, 0, 1)[None], dtype=torch.float32)
-        alone = model.ask(images, [[data.tokenizer.prompt(item["command"])]], torch.float32)
-        assert odds[k] == pytest.approx(alone[0], abs=1e-4)
-    few, some = train.predict(model, data, cfg, torch.float32, limit=60)
-    assert 30 <= len(few) <= 90 and np.allclose(some, odds[np.isin(rows, few)], atol=1e-4)
+    assert np.isnan([train.balanced_accuracy(truth, [1, -1]) for truth in ([1, 1], [0, 0])]).all()
 
 
 def test_training_ends_with_the_test_score_of_its_best_checkpoint(drawn, tmp_path):
@@ -2606,31 +2562,30 @@ def test_the_best_checkpoints_are_kept(trained, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(trained, tmp_path):
-    whole = (Path(trained.out_dir) / "last.pt").read_bytes()
-    state = train.load_checkpoint(Path(trained.out_dir) / "last.pt")
+    last, path = Path(trained.out_dir) / "last.pt", tmp_path / "odd.pt"
+    state = train.load_checkpoint(last)
     weights = {k: v for k, v in state["model"].items() if k != "vision.norm.bias"}
     weights["decoder.embedding.weight"] = weights["decoder.embedding.weight"][:-1]
-    odd = ("3 tensors differ", "embedding.weight is (", "extra is (2,) there, absent here",
-           "vision.norm.bias is absent there, (32,) here")
-    for name, content, says in (
-            ("half.pt", whole[:len(whole) // 2], ("damaged",)), ("empty.pt", b"", ("damaged",)),
-            ("list.pt", [1], ("format None",)), ("absent.pt", None, ("no checkpoint", "train.py")),
-            ("old.pt", dict(state, format=2), ("format 2", f"reads format {train.FORMAT}")),
-            ("odd.pt", dict(state, model=dict(weights, extra=torch.zeros(2))), odd)):
-        path = tmp_path / name
+    cfg = changed(trained, out_dir=str(tmp_path / "out"))
+    given = changed(cfg, checkpoint=str(path))
+    start = changed(cfg, init_from=str(path))
+    for content, *says in (
+            (last.read_bytes()[:5000], "damaged"), ([1], "format None"),
+            (dict(state, format=2), "format 2", f"reads format {train.FORMAT}"),
+            (dict(state, model=dict(weights, extra=torch.zeros(2))), "3 tensors differ", "embedding.weight is (",
+             "extra is (2,) there, absent here", "vision.norm.bias is absent there, (32,) here")):
         if isinstance(content, bytes):
             path.write_bytes(content)
-        elif content is not None:
+        else:
             torch.save(content, path)
-        cfg = changed(trained, out_dir=str(tmp_path / "out"), checkpoint=str(path))
-        for call in (lambda: train.load_model(cfg), lambda: train.train(changed(cfg, resume=True)),
-                     lambda: train.train(changed(cfg, checkpoint="", init_from=str(path)))):
-            refuses(call, name, *says)
-    start = changed(trained, out_dir=str(tmp_path / "out"), init_from=str(tmp_path / "words.pt"))
-    train.save_checkpoint(dict(state, words=state["words"][:-1] + ["other"]), start.init_from)
-    refuses(lambda: train.train(start), "words.pt", "another vocabulary")
-    start = changed(start, init_from=str(Path(trained.out_dir) / "best.pt"), vision_ffn_dim=96)
-    refuses(lambda: train.train(start), "another architecture", "trained with --vision_ffn_dim=64")
+        for call in (lambda: train.load_model(given), lambda: train.train(changed(given, resume=True)),
+                     lambda: train.train(start)):
+            refuses(call, "odd.pt", *says)
+    train.save_checkpoint(dict(state, words=state["words"][:-1] + ["other"]), path)
+    refuses(lambda: train.train(start), "odd.pt", "another vocabulary")
+    path.write_bytes(last.read_bytes())
+    refuses(lambda: train.train(changed(start, vision_ffn_dim=96)), "another architecture",
+            "trained with --vision_ffn_dim=64")
 
 
 def test_a_flipped_byte_is_refused_or_changes_nothing(trained, tmp_path):
@@ -2666,22 +2621,20 @@ def test_training_starts_from_the_weights_of_another_run(trained, tmp_path, caps
 def test_a_lora_run_leaves_the_weights_learns_resumes_and_exports(trained, tmp_path):
     best, file, out = tmp_path / "start.pt", tmp_path / "a model.pt", tmp_path / "out"
     shutil.copy(Path(trained.out_dir) / "best.pt", best)
-    cfg = changed(trained, out_dir=str(out), init_from=str(best), lora_rank=2, read_pictures=16,
-                  eval_every=8, freeze_pictures=8, warmup_pictures=0, schedule="constant")
+    base = train.load_checkpoint(best)["model"]
+    cfg = changed(trained, out_dir=str(out), init_from=str(best), lora_rank=2, eval_every=8, freeze_pictures=8,
+                  warmup_pictures=0, schedule="constant")
     train.train(cfg)
-    base, last = train.load_checkpoint(best)["model"], train.load_checkpoint(out / "last.pt")["model"]
+    for name, tensor in last_of(cfg)["model"].items():
+        if ".expand." in name:
+            assert tensor.any() != name.startswith("vision"), "the encoder does not learn from the first 8 pictures"
+    best.unlink()                                           # what a run started from is not needed to resume it
+    train.train(changed(cfg, read_pictures=16, resume=True))
+    last = last_of(cfg)["model"]
     kept = {name.replace(".layer.", "."): tensor for name, tensor in last.items()
             if ".reduce." not in name and ".expand." not in name}
     assert same(kept, {name: base[name] for name in kept}) and set(kept) == set(base)
     assert all(tensor.any() for name, tensor in last.items() if ".expand." in name)
-    half = changed(cfg, out_dir=str(tmp_path / "half"))
-    train.train(changed(half, read_pictures=8))
-    for name, tensor in last_of(half)["model"].items():
-        if ".expand." in name:
-            assert tensor.any() != name.startswith("vision"), "the encoder does not learn from the first 8 pictures"
-    best.unlink()                                           # what a run started from is not needed to resume it
-    train.train(changed(half, resume=True))
-    assert same(last_of(half)["model"], last)
     train.train(changed(cfg, export=str(file)))
     (model, _, _, state, _), (tuned, *_) = (train.load_model(changed(DEFAULTS, device="cpu", checkpoint=str(path)))
                                             for path in (file, out / "best.pt"))
@@ -2715,15 +2668,8 @@ def test_float16_skips_what_overflows_and_stops_where_everything_does(tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(torch.amp, "GradScaler", lambda *args, **more: scaler(*args, init_scale=2.0 ** 22, **more))
         train.train(cfg)
-        skipped = capsys.readouterr().out.count("overflows float16")
-        state = last_of(cfg)
-        assert 2 < skipped < 8 and state["scaler"]["scale"] == 2.0 ** (22 - skipped)
-        cut = changed(cfg, out_dir=str(tmp_path / "cut"))
-        interrupt_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(cut)
-    train.train(changed(cut, resume=True))
-    assert same(last_of(cut), state)
+    skipped = capsys.readouterr().out.count("overflows float16")
+    assert 2 < skipped < 8 and last_of(cfg)["scaler"]["scale"] == 2.0 ** (22 - skipped)
     # Adds 0, with a gradient of infinity times 0.
     monkeypatch.setattr(train, "token_loss", lambda logits, *more: loss(logits, *more) + (0 * logits).sum().sqrt())
     refuses(lambda: train.train(changed(cfg, out_dir=str(tmp_path / "nan"), read_pictures=160)), "norm nan", "step 16")
@@ -2813,19 +2759,17 @@ def test_bleu_and_rouge_by_hand():
 
 
 def test_calibration_error_and_temperature_by_hand():
-    p, truth = np.array([0.0, 0.0, 1.0, 1.0]), np.array([False, True, True, True])
-    assert evaluate.calibration_bins(p, truth) == [(2, 0, 0.5), (2, 1, 1)] and evaluate.ece(p, truth) == 25
-    p, truth = np.array([0.9, 0.1, 0.2, 0.8, 0.3, 0.7]), np.array([1, 0, 1, 1, 0, 0]) == 1
-    assert evaluate.ece(p, truth, 2) == pytest.approx(100 * (1 / 3 - 0.2 + 0.8 - 2 / 3) / 2), "errors of both signs"
-    crowded = np.array([0.01, 0.02, 0.03, 0.04, 0.9, 0.92])                # equal mass: 2 each, whatever lies between
-    bins = evaluate.calibration_bins(crowded, truth, 3, equal_mass=True)
+    p, truth = np.array([0.0, 0.0, 1.0, 1.0]), np.array([False, True, True, False])
+    assert evaluate.calibration_bins(p, truth) == [(2, 0, 0.5), (2, 1, 0.5)]
+    assert evaluate.ece(p, truth) == 50, "errors of both signs"
+    crowded, truth = np.array([0.01, 0.02, 0.03, 0.04, 0.9, 0.92]), np.array([1, 0, 1, 1, 0, 0]) == 1
+    bins = evaluate.calibration_bins(crowded, truth, 3, equal_mass=True)    # 2 each, whatever lies between
     assert [n for n, _, _ in bins] == [2, 2, 2] and bins[1] == (2, pytest.approx(0.035), 1)
     assert [n for n, _, _ in evaluate.calibration_bins(crowded, truth, 3)] == [4, 2], "the bin between is empty"
     # Of four answers with p = 0.75, 4 to 0 are right: |share - p| is 25, 0, 25, 50 or 75 points.
     gap = np.dot((25, 0, 25, 50, 75), [math.comb(4, k) * 3 ** (4 - k) for k in range(5)]) / 256
     for odds, truth, brier, error, calibrated in (
-            ([0.0], [1], 0.25, 50, 50), ([-600.0, 600.0], [0, 1], 0, 0, 0),
-            ([math.log(3)] * 4, [1, 1, 0, 0], 5 / 16, 25, gap)):
+            ([-600.0, 600.0], [0, 1], 0, 0, 0), ([math.log(3)] * 4, [1, 1, 0, 0], 5 / 16, 25, gap)):
         found = evaluate.calibration(np.array(odds), np.array(truth) == 1)
         assert (found["n"], found["brier"], found["ece"]["value"]) == pytest.approx((len(odds), brier, error))
         assert found["ece"]["calibrated"] == pytest.approx(calibrated, abs=3)
@@ -2889,9 +2833,8 @@ def test_rivals_of_a_map_are_of_another_command_and_of_another_picture():
     assert np.array_equal(found["another command's map"], [maps[1], maps[2], maps[1], even, even])
     assert np.array_equal(found["another picture's map"], [maps[3], even, maps[3], maps[0], even])
     assert (found["untrained weights"] == one_hot(9)).all() and (found["chance (any patch)"] == 1).all()
-    centre = found["centre of the picture"].reshape(5, 4, 4)
-    assert np.array_equal(centre, centre[:, ::-1]) and np.array_equal(centre, centre.transpose(0, 2, 1))
-    assert set(np.flatnonzero(centre[0] == centre.max())) == {5, 6, 9, 10}
+    centre = found["centre of the picture"]
+    assert [np.flatnonzero(found == found.max()).tolist() for found in centre] == [[5, 6, 9, 10]] * 5
 
 
 def test_grounding_compares_the_model_with_its_best_baseline():
@@ -2908,34 +2851,27 @@ def test_grounding_compares_the_model_with_its_best_baseline():
     assert found["threshold"] == 0.55 and value["model"] == pytest.approx(
         dict(pointing=75, mass_in_box=75 * 0.75, enrichment=12 * 0.75, iou=100 * 2.5 / 4))
     assert value["another picture's map"]["pointing"] == 50 and value["untrained weights"]["pointing"] == 0
-    area = 100 * 5 / 64
-    assert value["chance (any patch)"] == pytest.approx(dict(pointing=area, mass_in_box=area, enrichment=1, iou=area))
     assert found["best_baseline"] == "another picture's map" and found["pointing_ahead"]["value"] == 25
     assert evaluate.grounding(asked, look, untrained, look_of(), (4, 4))["threshold"] == 0.5
     assert evaluate.grounding(asked, look_of(), look_of(), look, (4, 4)) == dict(n=0)
 
 
-@pytest.mark.parametrize("first, weights", [(1, one_hot(6)), (5, np.where(np.arange(16) == 6, 0, 1 / 15))])
-def test_deletion_and_insertion_follow_the_map(first, weights):
-    """p(YES) hangs on patch 6 alone. It falls, or rises, when that goes: first with one map, last with the other."""
+def test_deletion_and_insertion_follow_the_map():
+    """p(YES) hangs on patch 6 alone, where the map is: it falls, or rises, when the first patch goes, or comes."""
     high, low = 100 / (1 + math.exp(-4)), 100 / (1 + math.exp(4))
     small = changed(DEFAULTS, image_width=32, image_height=32, patch_size=8)
     subject = answering(lambda image, _: 4.0 if (image[8:16, 16:24] != 128).any() else -4.0, small)
     asked = asked_of({p: [] for p in range(9)}, *((p, "exists", "car") for p in range(9)), cfg=small,
                      images=np.full((9, 32, 32, 3), 200, np.uint8))
     odds = np.array([4.0] * 8 + [-1])                       # a wrong answer is no use
-    look = look_of(*((i, "car", [6], weights) for i in range(9)))
+    look = look_of(*((i, "car", [6], one_hot(6)) for i in range(9)))
     found = evaluate.deletion_insertion(subject, asked, look, odds, 30)
     assert found["share_of_patches"] == [0, 1 / 16, 2 / 16, 4 / 16, 8 / 16, 1]
     fall, rise = found["deletion"], found["insertion"]
-    assert fall["attention"]["n"] == rise["difference"]["n"] == 8
     fallen, risen = ([entry["value"] for entry in probe["curve"]] for probe in (fall, rise))
-    assert fallen == pytest.approx([high] * first + [low] * (6 - first))
-    assert risen == pytest.approx([low] * first + [high] * (6 - first))
-    better, worse = (fall, rise) if first == 1 else (rise, fall)
-    assert better["difference"]["high"] < 0 < worse["difference"]["low"]
-    if first == 1:
-        assert fall["attention"]["value"] == pytest.approx((high + low) / 32 + low * 15 / 16)
+    assert fallen == pytest.approx([high, *[low] * 5]) and risen == pytest.approx([low, *[high] * 5])
+    assert fall["difference"]["n"] == 8 and fall["difference"]["high"] < 0 < rise["difference"]["low"]
+    assert fall["attention"]["value"] == pytest.approx((high + low) / 32 + low * 15 / 16)
     assert fall["random"]["value"] == pytest.approx(100 - rise["random"]["value"])
     assert evaluate.deletion_insertion(subject, asked, look, odds, 3)["deletion"]["difference"]["n"] == 3
     nothing = evaluate.deletion_insertion(subject, asked, look, -odds - 5, 3)["insertion"]
@@ -3002,20 +2938,18 @@ def test_heads_that_look_for_cars_are_found():
     assert evaluate.specialisation(look_of()) == dict(categories=[])
 
 
-def test_what_is_lost_without_each_head(subject, drawn, monkeypatch):
-    few, model = evaluate.Questions(subject, drawn.meta, "test", 80), copy.deepcopy(subject.model)
+def test_what_is_lost_without_each_head(subject, drawn):
+    few, model, p = evaluate.Questions(subject, drawn.meta, "test", 80), evaluate.Subject(subject.cfg), []
     with torch.no_grad():
-        model.decoder.blocks[0].cross.out.weight[:, :16] = 0
-        model.decoder.blocks[0].attn.out.weight[:, 16:] *= 30
-    monkeypatch.setattr(subject, "model", model)
-    usual = np.median(few.odds(subject))                    # an untrained model says YES to all, or NO
-    fair = stub(subject.cfg, model=model, ask=lambda jobs: subject.ask(jobs) - usual)
-    found, whole, p = evaluate.head_ablation(fair, few), few.odds(fair), []
+        model.model.decoder.blocks[0].attn.out.weight[:, 16:] *= 30
+    usual = np.median(few.odds(model))                      # an untrained model says YES to all, or NO
+    fair = stub(subject.cfg, model=model.model, ask=lambda jobs: model.ask(jobs) - usual)
+    found, whole = evaluate.head_ablation(fair, few), few.odds(fair)
     assert [(e["kind"], e["layer"], e["head"]) for e in found] == [
         ("vision", 0, 0), ("self", 0, 0), ("self", 0, 1), ("cross", 0, 0), ("cross", 0, 1)]
-    assert found[3]["drop"]["value"] == 0 and found[3]["p_holm"] == 1 and found[2]["drop"]["value"] != 0
+    assert found[2]["drop"]["value"] != 0
     for entry in found:
-        with evaluate.without_head(evaluate.attentions(model)[entry["kind"]][0], entry["head"]):
+        with evaluate.without_head(evaluate.attentions(model.model)[entry["kind"]][0], entry["head"]):
             without = few.odds(fair)
         p.append(evaluate.mcnemar((whole > 0) == few.truth, (without > 0) == few.truth)[2])
         assert entry["drop"] == few.lead(whole, few, without)
@@ -3025,16 +2959,19 @@ def test_what_is_lost_without_each_head(subject, drawn, monkeypatch):
 # ---- evaluation: asking the model ----
 
 def test_questions_are_those_of_the_set_and_are_asked_as_in_training(subject, tested, drawn):
-    data = train.Data(drawn.cfg, drawn.meta, "test")
-    rows, odds = train.predict(subject.model, data, subject.cfg, torch.float32)
+    data, cfg = train.Data(drawn.cfg, drawn.meta, "test"), subject.cfg
+    rows, odds = train.predict(subject.model, data, cfg, torch.float32)
+    assert rows.tolist() == [k for k, item in enumerate(drawn.items["test"]) if item["answer"] is not None]
     assert np.array_equal(tested.rows, rows) and np.allclose(tested.odds(subject), odds, atol=1e-4)
     for row, item, prompt, truth, q in zip(tested.rows, tested.items, tested.prompts, tested.truth, tested.questions):
         assert item == drawn.items["test"][row] and truth == item["answer"] and q == commands.question_of(item)
         assert prompt == data.tokens[row, :data.index[row, 1]].tolist()
         assert tested.frames[item["picture"]] == drawn.frames[item["picture"]]
-    few = evaluate.Questions(subject, drawn.meta, "test", 100)
-    some = tested.sample_pictures(100)
-    for chosen in (np.searchsorted(rows, few.rows), some):
+    some_rows, some_odds = train.predict(subject.model, data, cfg, torch.float32, limit=100)
+    few, sample = evaluate.Questions(subject, drawn.meta, "test", 100), tested.sample_pictures(100)
+    at = np.searchsorted(rows, some_rows)
+    assert np.allclose(some_odds, odds[at], atol=1e-4)
+    for chosen in (np.searchsorted(rows, few.rows), sample, at):
         assert 60 < len(chosen) < 140 and (np.diff(chosen) > 0).all()
         assert np.array_equal(chosen, np.flatnonzero(np.isin(tested.picture, tested.picture[chosen]))), "whole pictures"
     assert np.array_equal(tested.sample_pictures(10 ** 6), np.arange(len(rows)))
@@ -3042,12 +2979,10 @@ def test_questions_are_those_of_the_set_and_are_asked_as_in_training(subject, te
     assert [i for i in drawn.items["test"] if i["answer"] is None] == described.items
     assert len(set(tested.sample(50, 0))) == 50 and not np.array_equal(tested.sample(50, 0), tested.sample(50, 1))
     assert set(tested.sample(50, 0, tested.truth)) < set(np.flatnonzero(tested.truth))
-    assert np.allclose(subject.blank / 255, drawn.meta["mean"], atol=1 / 500)
-    assert subject.blank.shape[1::-1] == prepare.size_of(subject.cfg)
 
 
 @torch.no_grad()
-def test_odds_maps_and_texts_are_those_of_each_prompt_alone(subject, tested):
+def test_odds_maps_and_texts_are_those_of_each_prompt_alone(subject, tested, drawn):
     chosen = np.arange(0, 60, 3)
     looked, said = list(subject.look(tested.jobs(chosen))), subject.say(tested.jobs(chosen))
     odds = subject.ask(tested.jobs(chosen))
@@ -3056,7 +2991,6 @@ def test_odds_maps_and_texts_are_those_of_each_prompt_alone(subject, tested):
         prompt = torch.tensor([tested.prompts[i]])
         images = subject.images(tested.pixels(i)[None])
         logits, attn = subject.model(images, prompt, return_attn=True)
-        assert looked[k][1].shape == (1, 2, prompt.shape[1], 60)
         close(torch.from_numpy(looked[k][1]), attn["cross"][:, 0])
         by_hand = float(logits[0, -1, tokenizer.YES] - logits[0, -1, tokenizer.NO])
         assert looked[k][0] == pytest.approx(by_hand, abs=1e-4) == odds[k]
@@ -3064,17 +2998,15 @@ def test_odds_maps_and_texts_are_those_of_each_prompt_alone(subject, tested):
         answer = {tokenizer.YES: True, tokenizer.NO: False}.get(ids[0])
         assert said[k] == (answer, subject.tokenizer.decode(ids if answer is None else ids[1:]))
     assert subject.ask([]).shape == (0,)
+    assert np.allclose(subject.blank / 255, drawn.meta["mean"], atol=1 / 500)
+    assert subject.blank.shape == drawn.images[0].shape
 
 
 def test_generated_answers_are_split_from_their_reasons(subject, monkeypatch):
-    """A model that says [NO], [YES] or neither, by the length of the prompt."""
-    said = {1: [tokenizer.NO, 30, 31, tokenizer.EOS], 2: [tokenizer.YES, 32, tokenizer.EOS, 0],
-            3: [33, tokenizer.YES, tokenizer.EOS, 0]}
-    model = SimpleNamespace(encode=subject.model.encode, generate=lambda vision, tokens, room: torch.tensor(
-        [said[int(n)] for n in (tokens != 0).sum(-1)]))
-    monkeypatch.setattr(subject, "model", model)
-    image, word = np.zeros_like(subject.blank), subject.tokenizer.words
-    found = subject.say([(image, [[9], [9, 9]]), (image, [[9, 9, 9]])])
+    said = torch.tensor([[tokenizer.NO, 30, 31, tokenizer.EOS], [tokenizer.YES, 32, tokenizer.EOS, 0],
+                         [33, tokenizer.YES, tokenizer.EOS, 0]])
+    monkeypatch.setattr(subject.model, "generate", lambda *given: said)
+    found, word = subject.say([(subject.blank, [[9], [9, 9], [9]])]), subject.tokenizer.words
     assert found == [(False, f"{word[30]} {word[31]}"), (True, word[32]), (None, f"{word[33]} [YES]")]
 
 
@@ -3090,35 +3022,28 @@ def test_classification_by_hand():
     assert evaluate.classification(truth, truth | True)["no"] == dict(precision=0, recall=0, f1=0)
 
 
-def test_breakdowns_sum_to_all_questions(tested):
+def test_questions_are_grouped_by_what_they_ask_and_what_they_are_asked_about(tested):
+    asked = asked_of({0: [CAR_LEFT, BUS_AHEAD]}, (0, "exists_at", "bus", "ahead"), (0, "stop"))
+    groups, other = (evaluate.groups_of(asked, i) for i in (0, 1))
+    assert groups == {
+        "family": ["detection"], "level": ["medium"], "template": ["exists_at"], "object": ("bus",), "place": ["ahead"],
+        "objects seen in the scene": ["0-2"], "objects of the asked kind": ["1"], "words": ["7-8"],
+        "weather": ["undefined"], "time of day": ["undefined"], "scene": ["undefined"]}
+    assert other["objects of the asked kind"] == ["none asked"] and other["place"] == ["anywhere"]
+    assert [evaluate.span(n, 0, 3, 4) for n in (0, 2, 3, 4, 9)] == ["0-2", "0-2", "3", "4+", "4+"]
     odds = np.random.default_rng(0).normal(size=len(tested.rows))
-    found, n = evaluate.broken_down(tested, odds), len(tested.rows)
-    assert tuple(found["family"]) == tuple(evaluate.FAMILIES)
-    for name, groups in found.items():
-        total = sum(len(q.objects) for q in tested.questions) if name == "object" else n
-        assert sum(row["n"] for row in groups.values()) == total, name
-    assert list(found["words"]) == ["0-4", "5-6", "7-8", "9+"]
-    for name, group, member in (
-            ("words", "5-6", lambda i: len(tokenizer.split_words(tested.items[i]["command"])) in (5, 6)),
-            ("object", "bus", lambda i: "bus" in tested.items[i]["command"].split()),
-            ("place", "left", lambda i: "left" in tested.items[i]["command"].split()),
-            ("level", "complex", lambda i: tested.items[i]["level"] == "complex"),
-            ("objects seen in the scene", "3-4", lambda i: tested.frame(i)["complexity"] in (3, 4)),
-            ("scene", "highway", lambda i: tested.frame(i)["attributes"]["scene"] == "highway"),
-            ("objects of the asked kind", "none asked", lambda i: not tested.questions[i].objects),
-            ("objects of the asked kind", "1", lambda i: sum(
-                label["category"] in tested.questions[i].objects for label in tested.frame(i)["labels"]) == 1)):
-        mine = np.array([bool(member(i)) for i in range(n)])
-        assert mine.any() and found[name][group] == tested.accuracy(odds[mine], mine), (name, group)
+    found = evaluate.broken_down(tested, odds)
+    assert tuple(found["family"]) == tuple(evaluate.FAMILIES) and list(found["words"]) == ["0-4", "5-6", "7-8", "9+"]
+    assert sum(row["n"] for row in found["place"].values()) == len(odds)
+    left = np.array([question.place == "left" for question in tested.questions])
+    assert found["place"]["left"] == tested.accuracy(odds[left], left)
 
 
 @pytest.mark.parametrize("question, labels, found", [
     (("exists", "car"), [CAR_LEFT], []), (("exists_at", "car", "left"), [], ["exists car"]),
-    (("light", "red"), [lamp("red")], ["exists traffic light"]),
     (("and_no", "car", "red light"), [lamp("green")], ["exists car", "light red"]),
     (("or", "car", "bus"), [box("car", width=5)], ["exists bus"]),           # a car that is uncertain is no part
     (("change", "left"), [], ["clear left"]),
-    (("turn", "right"), [lamp("red"), lamp("green")], ["clear ahead", "clear right"]),
     (("straight",), [], ["clear ahead", "light red", "light yellow", "light green"]),
     (("clear", "left"), [], [f"exists_at {c} left" for c in commands.ROAD_USERS]),
     (("clear", "right"), [between(45, 110), box("car", centre=110)],
@@ -3128,43 +3053,36 @@ def test_a_question_is_made_of_simpler_certain_ones(question, labels, found):
     assert [" ".join(filter(None, q)) for q in evaluate.parts(whole, view_of(*labels))] == found
 
 
-def test_every_wrong_answer_gets_its_kind():
-    """A picture a case. The parts of a question are asked in the canonical way, "is there a bus in the scene"."""
-    forms = len(commands.TEMPLATES["exists_at"].paraphrases)
-    # (question, its log-odds, what a part is answered, what the canonical form is, what other words are; the kind of
-    # the error, its missed parts, paraphrases answered rightly); simple questions have no parts.
-    cases = [
-        (("exists_at", "bus", "ahead"), -3, -3, -3, -3, "vision", ["exists bus"], 0),
-        (("exists_at", "bus", "ahead"), -3, 3, 3, -3, "language", [], 1),
-        (("and", "car", "bus"), -0.5, 3, -3, -3, "reasoning", [], 0),
-        (("exists_at", "bus", "ahead"), -3, 3, -3, 3, "language", [], forms - 1),
-        (("exists", "bus"), -9, None, -9, -9, "vision", [], 0),
-        (("exists", "truck"), 9, None, 9, 9, "vision", [], 0)]
+@pytest.mark.parametrize("again, parts, missed, kind", [
+    ((0, 0, 0), 2, 1, "vision"), ((1, 0, 0), 2, 0, "language"), ((0, 1, 1), 2, 0, "language"),
+    ((0, 0, 1), 2, 0, "reasoning"), ((0, 0, 0), 0, 0, "vision")])
+def test_the_kind_of_an_error(again, parts, missed, kind):
+    """By whether it is answered rightly in each way of asking, the first of which is canonical, and by its parts."""
+    assert evaluate.error_type(np.array(again) > 0, [None] * parts, [None] * missed) == kind
 
-    def rule(picture, command):
-        question, _, part, canonical, reworded = cases[picture][:5]
-        whole = Question(*(*question, "")[:3])
-        if command in wordings(whole, 0, 100):
-            return canonical
-        pieces = evaluate.parts(whole, view_of(BUS_AHEAD, CAR_LEFT))
-        return part if any(command in wordings(piece, 0, 100) for piece in pieces) else reworded
-    asked = asked_of(dict.fromkeys(range(7), [BUS_AHEAD, CAR_LEFT]), *((p, *case[0]) for p, case in enumerate(cases)),
-                     (6, "exists", "bus"))
-    odds = np.array([case[1] for case in cases] + [5.0])                     # the last is right
-    records, counts = evaluate.failures(answering(rule), asked, odds)
-    assert [r["item"] for r in records] == list(range(6))
-    assert [(r["type"], r["missed_parts"], r["paraphrases_right"]) for r in records] == [case[5:] for case in cases]
-    assert [r["error"] for r in records] == ["false negative"] * 5 + ["false positive"]
-    assert [r["low_confidence"] for r in records] == [k == 2 for k in range(6)]
-    assert [r["suspected_label_error"] for r in records] == [k in (0, 4, 5) for k in range(6)]
-    assert records[0]["p_yes"] == round(1 / (1 + math.exp(3)), 4) and records[3]["frame"] == "3.png"
-    assert records[1]["paraphrases"] == forms and records[1]["truth"] == "YES"
-    assert counts["type"] == dict(vision=3, language=2, reasoning=1)
-    assert counts["error"] == {"false negative": 5, "false positive": 1}
+
+def test_wrong_answers_are_asked_again_in_other_words_and_in_parts():
+    """Of picture 0 only the part and the canonical form are answered rightly; of 1 and 2 nothing is; 3 was right."""
+    whole = Question("exists_at", "bus", "ahead")
+    easy = wordings(whole, 0, 100) | wordings(Question("exists", "bus"), 0, 100)
+    subject = answering(lambda picture, command: 3 if picture == 2 or picture == 0 and command in easy else -3)
+    asked = asked_of(dict.fromkeys(range(4), [BUS_AHEAD]), (0, *whole), (1, *whole), (2, "exists", "truck"),
+                     (3, "exists", "bus"))
+    records, counts = evaluate.failures(subject, asked, np.array([-3, -0.5, 9, 5]))
+    for name, wanted in dict(
+            item=[0, 1, 2], type=["language", "vision", "vision"], missed_parts=[[], ["exists bus"], []],
+            frame=["0.png", "1.png", "2.png"], low_confidence=[False, True, False],
+            error=["false negative", "false negative", "false positive"],
+            suspected_label_error=[False, False, True]).items():
+        assert [record[name] for record in records] == wanted, name
+    assert (records[0]["paraphrases_right"], records[0]["paraphrases"]) == (1, len(whole.forms()))
+    assert records[0]["p_yes"] == round(1 / (1 + math.exp(3)), 4)
+    assert counts["type"] == dict(language=1, vision=2)
+    assert counts["error"] == {"false negative": 2, "false positive": 1}
     assert counts["type_by_family"] == dict(detection=counts["type"], state={}, safety={}, navigation={})
 
 
-def test_which_kinds_and_which_commands_are_mixed_up():
+def test_which_kinds_are_mixed_up():
     truck, bus = box("truck", centre=20), box("bus", centre=108)
     scenes = {0: [truck], 1: [truck], 2: [truck, bus], 3: [bus], 4: [], 5: [CAR_LEFT], 6: [box("truck", width=5)]}
     asked = asked_of(scenes, *((p, "exists", "car") for p in range(7)), (2, "exists_at", "car", "right"))
@@ -3172,16 +3090,20 @@ def test_which_kinds_and_which_commands_are_mixed_up():
     found = evaluate.confusions(asked, odds, least=3)
     # Trucks: 0, 1 and 2 show one; 3, 4 and the right of 2 do not; 5 has a car, and 6 is undecided.
     assert found[0] == dict(asked="car", present="truck", n=3, said_yes=pytest.approx(200 / 3),
-                            elsewhere=pytest.approx(100 / 3), times=pytest.approx((203 / 3) / (103 / 3)))
+                            elsewhere=pytest.approx(100 / 3), times=pytest.approx(203 / 103))
     assert [(c["present"], c["n"]) for c in found] == [("truck", 3), ("bus", 3)]
     assert evaluate.confusions(asked, odds) == []
-    entries = [(0, "exists", "car"), (0, "exists", "bus"), (0, "near", "car"), (1, "exists", "car"), (1, "near", "car")]
-    found = evaluate.command_pairs(asked_of({0: [CAR_LEFT], 1: [CAR_LEFT]}, *entries), np.array([1, 1, -1, 1, 1]))
+
+
+def test_which_commands_are_mixed_up():
+    asked = asked_of({0: [CAR_LEFT], 1: [CAR_LEFT]}, (0, "exists", "car"), (0, "exists", "bus"), (0, "near", "car"),
+                     (1, "exists", "car"), (1, "near", "car"))
+    found = evaluate.command_pairs(asked, np.array([1, 1, -1, 1, 1]))
     assert found["templates"] == ["exists", "near"]
     assert found["n"] == [[2, 2], [2, 0]]                   # car and bus both ways; car and near car in both pictures
     assert np.allclose(found["same"], [[100, 50], [50, 0]])
-    wrong = np.array([1 / 3, 1 / 2])
-    assert np.allclose(found["expected"], 100 * (wrong[:, None] * (1 - wrong) + (1 - wrong[:, None]) * wrong))
+    # Wrong are a third and a half of the answers: one of two is, with p (1 - q) + (1 - p) q.
+    assert np.allclose(found["expected"], [[400 / 9, 50], [50, 50]])
 
 
 @pytest.mark.parametrize("cars, another, gain", [((0, 2), 100, 0), ((0, 1), 0, 50)])
@@ -3211,84 +3133,71 @@ def test_a_model_without_pictures_scores_50_unless_the_questions_give_answers_aw
     assert train.balanced_accuracy(first, odds) > 0.9
 
 
-def test_twins_tell_who_looks_from_who_does_not(drawn, tested, monkeypatch):
-    """Scene and edit stand for a twin's picture: one model answers by its truth, one says YES, one the opposite."""
-    text = Path(drawn.cfg.data_dir, "twins.jsonl").read_text(encoding="utf-8")
-    edits, truth, spoken = [json.loads(line) for line in text.splitlines()], {}, Tokenizer(commands.vocabulary())
-    for edit in edits:
-        item = drawn.items["test"][edit["item"]]
-        scene, prompt = Path(drawn.frames[item["picture"]]["name"]).stem, spoken.prompt(item["command"])
-        for kind in ("flip", "neutral"):
-            truth[scene, json.dumps(edit[kind]), tuple(prompt)] = 1 if item["answer"] != (kind == "flip") else -1
+def test_twins_belong_to_their_questions(tested):
+    for i, edit in tested.twins("flip")[::9]:
+        frame = prepare.scene_frame(prepare.apply_edit(tested.spec(i), edit), tested.cfg)
+        assert tested.questions[i].truth(View(frame, tested.cfg)) == (FALSE if tested.truth[i] else TRUE)
     same = evaluate.draw_twin((tested.spec(0), dict(remove=[], add=[]), tested.cfg))
     assert np.array_equal(same, tested.pixels(0)), "a twin is drawn from its scene"
-    monkeypatch.setattr(evaluate, "draw_twin", lambda job: (job[0]["name"], json.dumps(job[1])))
-
-    def by(rule, odds):
-        found = evaluate.twins(stub(drawn.cfg, ask=lambda jobs: np.array(
-            [rule(truth[(*twin, tuple(ids))]) for twin, [ids] in jobs])), tested, odds)
-        return found, [found[k]["value"] for k in ("both_right", "stubbornness", "indecision", "neutral_unchanged")]
-    right = np.where(tested.truth, 1.0, -1.0)
-    found, value = by(lambda true: true, right)
-    assert value == [100, 0, 0, 100] and found["questions"] == len(tested.rows)
-    flips, neutral = ([e for e in edits if e[kind]] for kind in ("flip", "neutral"))
-    assert found["both_right"]["n"] == found["questions_with_flip"] == len(flips)
-    assert found["indecision"]["n"] == len(neutral)
-    for what, key in (("family", lambda e: drawn.items["test"][e["item"]]["family"]),
-                      ("edit", lambda e: e["flip"]["kind"])):
-        assert {k: row["n"] for k, row in found[f"both_right_by_{what}"].items()} == Counter(map(key, flips))
-    assert by(lambda true: 1, np.ones(len(right)))[1] == [0, 100, 0, 100]
-    assert by(lambda true: -true, -right)[1] == [0, 0, 0, 100], "wrong, yet it looks"
-    assert by(lambda true: -true, right)[1] == [0, 100, 100, 0]
 
 
-def test_reasons_and_descriptions_are_compared_and_checked(subject, tested, drawn):
-    def says(said, asked=tested):
+@pytest.mark.parametrize("odds, removed, added, painted, wanted", [
+    ((1, -1), -1, 1, 1, [100, 0, 0, 100]), ((1, 1), 1, 1, 1, [0, 100, 0, 100]),
+    ((-1, 1), 1, -1, -1, [0, 0, 0, 100]), ((1, -1), -1, -1, -1, [50, 50, 100, 0])])
+def test_twins_tell_who_looks_from_who_does_not(odds, removed, added, painted, wanted, monkeypatch):
+    """Is there a car? In one picture until it is removed, however it is painted; in another once it is added."""
+    asked = asked_of({0: [CAR_LEFT], 1: []}, (0, "exists", "car"), (1, "exists", "car", "", 2))
+    edits = dict(flip=[(0, dict(kind="removed")), (1, dict(kind="added"))], neutral=[(0, dict(kind="painted"))])
+    asked.twins, asked.spec = edits.get, str
+    monkeypatch.setattr(evaluate, "draw_twin", lambda job: job[1]["kind"])
+    said = {("removed", 0): removed, ("added", 1): added, ("painted", 0): painted}
+    subject = stub(ask=lambda jobs: np.array([said[twin, asked.prompts.index(ids)] for twin, [ids] in jobs]))
+    found = evaluate.twins(subject, asked, np.array(odds))
+    assert [found[k]["value"] for k in ("both_right", "stubbornness", "indecision", "neutral_unchanged")] == wanted
+    assert (found["questions"], found["questions_with_flip"], found["indecision"]["n"]) == (2, 2, 1)
+    assert list(found["both_right_by_edit"]) == ["added", "removed"]
+    assert found["both_right_by_family"] == dict(detection=found["both_right"])
+
+
+def test_reasons_are_compared_and_checked():
+    asked = asked_of({0: [CAR_LEFT]}, *((0, "exists", kind) for kind in ("car", "bus", "truck", "bicycle")))
+
+    def says(*said):
         found = evaluate.reasons(stub(say=lambda jobs: said), asked, 300)
-        return {k: row["value"] for k, row in found.items()}
-    chosen = tested.sample(300, 1)
-    own = [(bool(tested.truth[i]), tested.items[i]["reason"]) for i in chosen]
-    assert says(own) == dict(
+        return {name: row["value"] for name, row in found.items()}
+    written = [(bool(truth), item["reason"]) for truth, item in zip(asked.truth, asked.items)]
+    assert says(*written) == dict(
         exact=100, bleu4=pytest.approx(100), rouge_l=100, true=100, false=0, not_in_grammar=0, valid_answers=100,
         true_when_answer_right=100, true_when_answer_wrong=None, shortcut_rate=0)
-    others = [reason for _, reason in own[150:] + own[:150]]               # of other scenes
-    other = says([(truth, reason) for (truth, _), reason in zip(own, others)])
-    truths = [check_reason(reason, tested.view(i)) for i, reason in zip(chosen, others)]
-    assert other["true"] == pytest.approx(100 * np.mean([t == TRUE for t in truths])) and other["true"] < 60
-    assert other["false"] == pytest.approx(100 * np.mean([t == FALSE for t in truths])) == other["shortcut_rate"]
-    foreign = says([(not t if k % 2 else None, "a dog is here") for k, (t, _) in enumerate(own)])
-    assert (foreign["not_in_grammar"], foreign["true"], foreign["valid_answers"]) == (100, 0, 50)
-    assert foreign["shortcut_rate"] is None, "no answer is right"
-    wrong = says([(t if k % 4 else not t, r if k % 4 else "a dog is here") for k, (t, r) in enumerate(own)])
-    assert (wrong["true"], wrong["true_when_answer_right"], wrong["true_when_answer_wrong"]) == (75, 100, 0)
-    described = evaluate.Questions(subject, drawn.meta, "test", verdicts=False)
-    found = says([(None, described.items[i]["reason"]) for i in described.sample(300, 1)], described)
-    assert found == dict(exact=100, bleu4=pytest.approx(100), rouge_l=100, true=100, false=0, not_in_grammar=0)
+    found = says(written[0], (False, "a bus is ahead"), (True, "a car is on the left"), (None, "a dog is here"))
+    assert found["bleu4"] < found["rouge_l"] < 100
+    for name, wanted in dict(exact=25, true=50, false=25, not_in_grammar=25, valid_answers=75,
+                             true_when_answer_right=50, true_when_answer_wrong=50, shortcut_rate=50).items():
+        assert found[name] == wanted, name
+    assert says(*[(None, "")] * 4)["shortcut_rate"] is None, "no answer is right"
 
 
 def test_a_word_is_judged_by_its_kind_and_an_answer_by_what_makes_it_yes():
     right, far, small = box("car", centre=104, bottom=80), box("bus", centre=64, bottom=70), box("car", 64, width=5)
-    asked = asked_of({0: [CAR_LEFT, right, small, BUS_AHEAD, far, lamp("red")]},
-                     (0, "exists_at", "car", "left", 4), (0, "exists_at", "car", "right"), (0, "near", "bus"),
-                     (0, "and", "car", "bus"), (0, "light", "red"), (0, "exists", "truck"), (0, "stop"))
-    asked.truth[1] = False                                  # a NO has nothing to point at
+    # A NO has nothing to point at; there is no truck; the last question names nothing.
+    asked = asked_of({0: [CAR_LEFT, right, small, BUS_AHEAD, far]},
+                     (0, "exists_at", "car", "left", 4), (0, "exists_at", "car", "ahead"), (0, "near", "bus"),
+                     (0, "and", "car", "bus"), (0, "exists", "truck"), (0, "stop"))
     subject = looking(lambda picture, ids: np.tile(np.arange(float(len(ids)))[:, None], (1, 64)))
-    answers, answer, word = evaluate.looks(subject, asked, np.arange(7))
-    assert answers.shape == (7, 1, 1, 64) and answers[:, 0, 0, 0].tolist() == [len(p) - 1 for p in asked.prompts]
+    answers, answer, word = evaluate.looks(subject, asked, np.arange(6))
+    assert answers.shape == (6, 1, 1, 64) and answers[:, 0, 0, 0].tolist() == [len(p) - 1 for p in asked.prompts]
 
     def covered(*labels):
         return evaluate.cover(labels, (128, 128), (8, 8))
-    spoken = Tokenizer(commands.vocabulary()).words
-    cars, buses, light = covered(CAR_LEFT, right), covered(BUS_AHEAD, far), covered(lamp("red"))
-    wished = [(0, "car", cars), (1, "car", cars), (2, "bus", buses), (3, "car", cars), (3, "bus", buses),
-              (4, "traffic light", light)]                  # there is no truck, and the last names nothing
-    assert list(zip(word.question.tolist(), word.category.tolist())) == [w[:2] for w in wished]
-    for (i, category, cover), maps, found in zip(wished, word.maps, word.cover):
-        assert np.array_equal(found, cover), (i, category)
-        assert spoken[asked.prompts[i][int(maps[0, 0, 0])]] in commands.NAMED[category]
-    wished = [covered(CAR_LEFT), covered(BUS_AHEAD), covered(CAR_LEFT, right, BUS_AHEAD, far), light]
-    assert answer.question.tolist() == [0, 2, 3, 4] and np.array_equal(answer.cover, wished)
-    assert np.array_equal(answer.maps, answers[[0, 2, 3, 4]])
+    cars, buses = covered(CAR_LEFT, right), covered(BUS_AHEAD, far)
+    assert word.question.tolist() == [0, 1, 2, 3, 3] and np.array_equal(word.cover, [cars, cars, buses, cars, buses])
+    assert word.category.tolist() == ["car", "car", "bus", "car", "bus"]
+    for i, category, maps in zip(word.question, word.category, word.maps):
+        looker = asked.prompts[i][int(maps[0, 0, 0])]
+        assert subject.tokenizer.words[looker] in commands.NAMED[category]
+    wished = [covered(CAR_LEFT), covered(BUS_AHEAD), covered(CAR_LEFT, right, BUS_AHEAD, far)]
+    assert answer.question.tolist() == [0, 2, 3] and np.array_equal(answer.cover, wished)
+    assert np.array_equal(answer.maps, answers[[0, 2, 3]])
 
 
 def test_every_object_named_in_a_question_has_its_word_found():
@@ -3305,14 +3214,10 @@ def test_maps_that_know_the_picture_only_or_the_words_only(subject, drawn, teste
         return evaluate.stability(looking(lambda picture, ids: np.tile(np.random.default_rng(seed_of(
             picture, ids)).dirichlet(np.ones(64)), (len(ids), 1)), drawn.cfg), tested, 40)
     deaf, blind = compared(lambda picture, ids: int(picture.sum())), compared(lambda picture, ids: ids)
-    for kind in ("paraphrase", "another question", "another scene", "similar scene"):
-        for found, same in ((deaf, kind in ("paraphrase", "another question")), (blind, "scene" in kind)):
-            value = {k: row["value"] for k, row in found[kind].items()}
-            if same:
-                assert value == dict(cosine=pytest.approx(1), l2=pytest.approx(0, abs=1e-6),
-                                     js=pytest.approx(0, abs=1e-6)), kind
-            else:
-                assert value["cosine"] < 0.7 and value["l2"] > 0.1 and value["js"] > 0.1, kind
+    for found, alike in ((deaf, ("paraphrase", "another question")), (blind, ("another scene", "similar scene"))):
+        for kind in ("paraphrase", "another question", "another scene", "similar scene"):
+            cosine = found[kind]["cosine"]["value"]
+            assert cosine == pytest.approx(1) if kind in alike else cosine < 0.7, kind
     assert deaf["similar scene"]["l2"]["n"] > 20
     for k in ("l2", "js"):
         ratio = blind["another question"][k]["value"] / blind["paraphrase"][k]["value"]
@@ -3340,15 +3245,13 @@ def test_the_page_is_what_is_written(evaluated):
     assert evaluate.rounded({1: (math.nan, np.float32(0.5), np.int64(3))}) == {"1": [None, 0.5, 3]}, "JSON has no NaN"
     questions = [i for i in prepare.read_items(cfg.data_dir, "test") if i["answer"] is not None]
     n, overall = len(questions), page["overall"]["value"]
-    assert page["overall"]["n"] == n == sum(row["n"] for row in page["by"]["family"].values()) > 50
+    assert page["overall"]["n"] == page["twins"]["questions"] == page["calibration"]["raw"]["n"] == n > 50
     assert all(row["n"] == n for row in page["controls"].values())
     gap, held = page["train_gap"], page["held_out"]
-    assert set(gap) == {"train", "val", "train minus test"} and 20 <= gap["train"]["n"] <= 60
+    assert 20 <= gap["train"]["n"] <= 60 and page["reasons"]["exact"]["n"] == 40
     assert gap["train minus test"]["value"] == pytest.approx(gap["train"]["value"] - overall, abs=2e-4)
-    assert set(held) == {"test_words", "test_words, drop", "test_combos", "test_combos, drop"}
     assert held["test_words, drop"]["value"] == pytest.approx(overall - held["test_words"]["value"], abs=2e-4)
     assert page["ood"]["all"]["n"] == sum(row["n"] for row in page["ood"]["weather"].values()) > 0
-    assert page["twins"]["questions"] == n == page["calibration"]["raw"]["n"] and page["reasons"]["exact"]["n"] == 40
     assert "shortcut_rate" in page["reasons"] and "shortcut_rate" not in page["descriptions"]
     entropy = page["attention"]["entropy"]
     assert 0.5 * entropy["maximum"] < entropy["mean"]["value"] <= entropy["maximum"] == round(math.log(60), 4)
@@ -3363,24 +3266,21 @@ def test_failures_are_those_of_the_confusion_matrix_and_their_maps_are_stored(ev
     cfg, page = evaluated
     text = (Path(cfg.out_dir) / "failures.jsonl").read_text(encoding="utf-8")
     wrong, items = [json.loads(x) for x in text.splitlines()], prepare.read_items(cfg.data_dir, "test")
-    matrix, counts = page["classification"]["confusion"], page["failures"]["counts"]
+    matrix = page["classification"]["confusion"]
     assert sum(r["truth"] == "YES" for r in wrong) == matrix["yes_said_no"]
     assert sum(r["truth"] == "NO" for r in wrong) == matrix["no_said_yes"]
-    assert sum(matrix.values()) == page["overall"]["n"] and len({r["item"] for r in wrong}) == len(wrong) > 15
-    for name in ("type", "error", "low_confidence", "suspected_label_error"):
-        assert counts[name] == Counter(str(r[name]) for r in wrong)
+    assert len({r["item"] for r in wrong}) == len(wrong) > 15
     for r in wrong:
         item = items[r["item"]]
         assert (r["command"], r["reason"], r["truth"] == "YES") == (item["command"], item["reason"], item["answer"])
     with np.load(Path(cfg.out_dir) / "attention.npz") as stored:
         sampled, failed = stored["items"].tolist(), stored["failure_items"].tolist()
-        shown = {items[k]["picture"] for k in sampled}
         assert stored["answer_maps"].shape == (len(sampled), 60) and 60 <= len(sampled) == len(stored["odds"]) <= 110
-        whole = [k for k, item in enumerate(items) if item["picture"] in shown and item["answer"] is not None]
-        assert sampled == whole, "all questions about each picture"
         assert set(failed) <= {r["item"] for r in wrong} and len(failed) == min(len(wrong), evaluate.STORED_FAILURES)
         assert stored["failure_maps"].shape == (len(failed), 1, 2, 60)
-        for k in set(failed) & set(sampled):
+        both = set(failed) & set(sampled)
+        assert both
+        for k in both:
             mean = stored["failure_maps"][failed.index(k)].astype(float).mean((0, 1))
             assert np.allclose(mean, stored["answer_maps"][sampled.index(k)], atol=1e-3)
 
@@ -3447,7 +3347,8 @@ def test_a_model_is_asked_about_other_data_by_the_rules_of_these_data(bare, tmp_
     assert subject.take_data()["hash"] == subject.state["data_hash"] and not capsys.readouterr().out
     meta = json.loads((Path(bare.data_dir) / "meta.json").read_text())
     other = changed(bare, data_dir=str(tmp_path), checkpoint=str(Path(bare.out_dir) / "best.pt"))
-    (tmp_path / "meta.json").write_text(json.dumps(dict(meta, hash="x", settings=dict(meta["settings"], min_pixels=9.5))))
+    stricter = dict(meta["settings"], min_pixels=9.5)
+    (tmp_path / "meta.json").write_text(json.dumps(dict(meta, hash="x", settings=stricter)))
     subject = evaluate.Subject(other)
     subject.take_data()
     assert subject.cfg.min_pixels == 9.5 and "others than those" in capsys.readouterr().out
@@ -3456,20 +3357,16 @@ def test_a_model_is_asked_about_other_data_by_the_rules_of_these_data(bare, tmp_
 
 
 def test_what_cannot_be_evaluated_is_one_line_that_helps(bare, drawn, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
     here = changed(bare, out_dir=str(tmp_path))
     save_untrained(here, drawn.meta, "words.pt", known=commands.vocabulary()[:-1])
     best, words_differ = str(Path(bare.out_dir) / "best.pt"), str(tmp_path / "words.pt")
     for change, *says in [
             (dict(checkpoint=words_differ), "vocabulary is not that of the data", "train again", "--data_dir"),
-            (dict(checkpoint=str(tmp_path / "absent.pt")), "no checkpoint", "python train.py"),
             (dict(checkpoint=best, split="ood"), "ood split in ", "data holds no questions"),
             (dict(checkpoint=best, against=words_differ), "words.pt has another vocabulary"),
             (dict(checkpoint=best, data_dir=str(tmp_path / "nowhere")), "no data in ", "python prepare.py")]:
         refuses(lambda: evaluate.evaluate(changed(here, **change), blind_steps=3), *says)
         assert "overall" not in capsys.readouterr().out and not (tmp_path / "eval.json").exists()
-    with pytest.raises(OSError):                            # config.run prints it as one line
-        evaluate.evaluate(changed(here, checkpoint=best, out_dir=str(tmp_path / "file" / "out")))
 
 
 # ---- answering ----
@@ -3701,12 +3598,9 @@ def test_a_part_of_a_figure_without_data_says_so(report):
     for probe in ("deletion", "insertion"):
         page["attention"]["deletion_insertion"][probe].update(curve=[], random_curve=[])
     assert texts(visualize.figure_grounding(report)[0])[2:4] == [["no data"] * 2] * 2      # two curves each
-    log = Path(report.cfg.out_dir) / "log.csv"
-    header = "pictures,loss,lr,grad_norm,val_accuracy,val_loss,attention_entropy\n"
-    log.write_text(header + "8,2,1,3,,,\n8,,,,nan,1,1\n")
-    assert texts(visualize.figure_training(report)[0]) == [[], [], [], ["no data"], [], []]
-    log.write_text(header)
-    assert texts(visualize.figure_training(report)[0]) == [["no data"]] * 6
+    (Path(report.cfg.out_dir) / "log.csv").write_text(
+        "pictures,loss,lr,grad_norm,val_accuracy,val_loss,attention_entropy\n8,,,,nan,1,1\n")
+    assert texts(visualize.figure_training(report)[0]) == [["no data"]] * 4 + [[], []]
 
 
 def test_a_matplotlibrc_of_the_user_changes_no_figure():
@@ -3764,8 +3658,7 @@ def test_what_mattered_is_the_patch_without_which_the_answer_falls(report, monke
 def test_what_cannot_be_shown_is_one_line_that_helps(typed, report, tmp_path):
     for changes, *words in [
             (dict(command=""), "a picture and a command"), (dict(page=True), "--page"),
-            (dict(command=" ?!. "), "ask, for example"), (dict(command="is [PAD] a bus"), "know: pad"),
-            (dict(command="is there a bus", command2="is there a dog"), "know: dog"),
+            (dict(command=" ?!. "), "ask, for example"), (dict(command2="is there a dog"), "know: dog"),
             (dict(max_new_tokens=19), "max_new_tokens=19 and the 6 tokens", "max_text=24")]:
         refuses(lambda: visualize.main(changed(typed, **changes)), *words)
     out = Path(report.cfg.out_dir)
@@ -3870,20 +3763,17 @@ def test_the_prefix_equals_one_stream_of_patches_and_words(drawn):
         close(found[b, own], decoder.norm(x)[0, P:], 1e-4)
 
 
-def test_commands_of_training_that_variants_change(drawn):
+def test_a_variant_learns_no_reasons(drawn):
     cfg, _, make_data = variant_of(drawn, "no_reasons")
-    plain = train.Data(cfg, drawn.meta, "train")
-    every, left = plain.batch(0, 8), make_data(cfg, drawn.meta, "train").batch(0, 8)
-    kinds = set()
-    for b, k in itertools.product(range(8), range(1, int(every.segment.max()) + 1)):
-        taught, kept = (batch.targets[b, batch.segment[b] == k] for batch in (every, left))
-        answer = (taught == tokenizer.YES) | (taught == tokenizer.NO)
-        kinds.add(bool(answer.any()))
-        assert torch.equal(kept, taught.masked_fill(~answer, tokenizer.IGNORE) if answer.any() else taught)
-    assert kinds == {True, False}
+    data, unlearned = make_data(cfg, drawn.meta, "train"), tokenizer.IGNORE
+    question, description = [1, 30, 31, tokenizer.NO, 32, tokenizer.EOS], [1, 30, 31, 32, 33, tokenizer.EOS]
+    assert data.targets_of(question, 3) == [unlearned, unlearned, tokenizer.NO, *[unlearned] * 3]
+    assert data.targets_of(description, 3) == train.Data.targets_of(data, description, 3)
 
-    cfg, _, make_data = variant_of(drawn, "no_balance")     # true questions that give their answers away
-    data = make_data(cfg, drawn.meta, "train")
+
+def test_a_variant_asks_true_questions_that_give_their_answers_away(drawn):
+    cfg, _, make_data = variant_of(drawn, "no_balance")
+    data, plain = (make(cfg, drawn.meta, "train") for make in (make_data, train.Data))
     assert np.array_equal(np.bincount(data.index[:, 0]), np.bincount(plain.index[:, 0]))
     questions = [item for item in data.items if item["answer"] is not None]
     for item in questions[::50]:
@@ -3914,13 +3804,18 @@ def test_paired_differences_are_tested_as_in_the_textbook():
 
 def test_the_table_pairs_by_seed_and_corrects_for_all_tests(tmp_path):
     losses = dict(full=[0.0] * 6, blind=[-40.0, -41, -40.5], mqa=[0.5, -0.5, 0.1], entropy=[0.2],
-                  no_cross=[-3.0, 1, -2.9, -4, -1, -3.3], mha=[])     # p = 0.034, too high after correction
+                  no_cross=[-3.0, 1, -2.9, -4, -1, -3.3], mha=[])
     results = {name: {seed: {**dict.fromkeys(ablate.MEASURES, 1.0), "accuracy": 90 + seed ** 2 % 5 + loss}
                       for seed, loss in enumerate(own)} for name, own in losses.items()}
     table = ablate.make_table(DEFAULTS, ablate.variants(DEFAULTS), results, {"mha": "seed 0: bad | x"})
     rows = {row["variant"]: row["accuracy"]["difference"] for row in table["rows"]}
     assert table["tests"] == 3 and rows["full"] == rows["mha"] == dict(n=0, value=None)
     assert rows["entropy"] == dict(n=1, value=0.2)
+    for name, verdict in dict(blind="worse", mqa="no difference shown", no_cross="no difference shown").items():
+        found, wanted = rows[name], ablate.compared(losses[name])
+        assert found["verdict"] == verdict
+        assert {k: found[k] for k in wanted} == pytest.approx(wanted, abs=1e-4), name
+    assert rows["no_cross"]["p"] < 0.05 < rows["no_cross"]["p_holm"], "one of three tests"
     first, second = ablate.markdown(table).split("\n\n")
     assert "| 3 | 51.2 | {value:.1f} [{low:.1f}, {high:.1f}] |".format(**rows["blind"]) in first
     assert "failed, seed 0: bad / x" in first
@@ -3928,40 +3823,31 @@ def test_the_table_pairs_by_seed_and_corrects_for_all_tests(tmp_path):
     axes = ablate.draw_differences(table).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["blind", "no_cross", "mqa"]
     visualize.save(ablate.draw_measures(table), tmp_path / "measures", 40)
-    tests = {name: ablate.compared(losses[name]) for name in ("blind", "mqa", "no_cross")}
-    adjusted = evaluate.holm([found["p"] for found in tests.values()])
-    for (name, found), p, verdict in zip(tests.items(), adjusted, ("worse", *["no difference shown"] * 2)):
-        assert rows[name].pop("verdict") == verdict
-        assert rows[name] == pytest.approx(dict(found, p_holm=p), abs=1e-4), name
 
 
-def test_a_loop_that_was_killed_resumes_and_a_failure_is_a_row(drawn, tmp_path, monkeypatch):
+def test_a_loop_that_was_interrupted_resumes_and_a_failure_is_a_row(drawn, tmp_path, monkeypatch):
     cfg = small_run(drawn, tmp_path, eval_every=8, seeds=1, sample_items=40, probe_items=5, see_pictures=8,
                     read_pictures=8, eval_items=8, variants="mqa,prefix")
-    started, fate, last = [], {}, tmp_path / "mqa-1337" / "last.pt"
-
-    def save(content, *paths, real=train.save_checkpoint):
-        real(content, *paths)
-        if last in paths and "killed" in fate:
-            raise fate["killed"]
+    started, failing = [], ["full-1337", "mqa-1337", "prefix-1337"]
 
     def begin(settings, *parts, real=train.train):
         name = Path(settings.out_dir).name
         started.append((name, settings.resume))
-        if name in fate:
-            raise fate[name]
+        if name in failing:
+            raise ValueError("no luck")
         return real(settings, *parts)
-    monkeypatch.setattr(train, "save_checkpoint", save)
     monkeypatch.setattr(train, "train", begin)
-    fate = {f"{name}-1337": ValueError("no luck") for name in ("full", "mqa", "prefix")}
     refuses(lambda: ablate.ablate(cfg), "every run failed", "prefix", "seed 1337: ValueError: no luck")
-    fate = {"killed": Killed()}
-    with pytest.raises(Killed):
+    failing[:] = ["prefix-1337"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 1)
         ablate.ablate(cfg)
-    assert last.exists()
-    fate, started[:] = {"prefix-1337": ValueError("no luck")}, []
+    started.clear()
     table = ablate.ablate(cfg)
-    assert started == [("mqa-1337", True), ("prefix-1337", False)] and not last.exists()
+    assert started == [("full-1337", True), ("mqa-1337", False), ("prefix-1337", False)]
+    assert not list(tmp_path.glob("*/last.pt"))
+    started.clear()
+    assert ablate.ablate(cfg) == table and started == [("prefix-1337", False)], "only what failed is tried again"
     assert [row["seeds"] for row in table["rows"]] == [[1337], [1337], []]
     assert "no luck" in table["rows"][2]["failed"] and "no luck" in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8")) == table
@@ -4057,9 +3943,8 @@ def test_bench_measures_both_stages_and_saves_nothing_else(tmp_path):
     assert [path.name for path in Path(cfg.out_dir).iterdir()] == ["bench.json"]
     assert json.loads((Path(cfg.out_dir) / "bench.json").read_text()) == found
     for row in (see, read, schedule):
-        parts = [row[f"ms_{part}"] for part in ablate.PARTS]
-        assert min(parts) > 0 and sum(parts) == pytest.approx(row["ms"], abs=0.01)
-        assert row["wait_share"] == pytest.approx(parts[0] / row["ms"], abs=1e-3) and 0 < row["share_of_peak"] < 1
+        assert all(0 < row[f"ms_{part}"] < row["ms"] for part in ablate.PARTS)
+        assert 0 < row["wait_share"] < 1 and 0 < row["share_of_peak"] < 1
     assert schedule["ms"] == pytest.approx(0.4 * see["ms"] + 0.6 * read["ms"], abs=0.01)
     assert see["pairs_per_s"] == 0 and found["memory_mb"] > 0
     assert schedule["pairs_per_s"] * schedule["ms"] == pytest.approx(0.6 * read["pairs_per_s"] * read["ms"], rel=1e-3)
