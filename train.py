@@ -947,7 +947,8 @@ def validate(run, val, log):
     rows, odds = predict(run.model, val, cfg, run.dtype, limit=cfg.eval_items)
     truth = val.index[rows, 3] == 1
     accuracy = balanced_accuracy(truth, odds)
-    loss = float(np.logaddexp(0, np.where(truth, -odds, odds)).mean())
+    # Few pictures may leave no questions for validation.
+    loss = float(np.logaddexp(0, np.where(truth, -odds, odds)).mean()) if len(rows) else math.nan
     batch = run.data.batch(0, min(8, cfg.batch_size))
     with torch.no_grad():
         _, attn = run.model(*batch.inputs(run.device), return_attn=True)
