@@ -3385,11 +3385,12 @@ def picture_and_subject(typed):
 def test_an_answer_is_a_verdict_with_its_probability_and_the_reason_that_follows_it(typed):
     picture, subject = picture_and_subject(changed(typed, beam=3))
     model, prompt = subject.model, subject.tokenizer.prompt("is there a bus")
-    plain = model.decoder.logits
+    plain, asked = model.decoder.logits, model.odds
     odds = next(subject.look([(picture, [prompt])]))[0] - 2.5
     bias = torch.zeros(len(subject.tokenizer))
-    # The pass that answers gives logits of all tokens (3 axes), generation of the last one only (2 axes).
-    model.decoder.logits = lambda hidden: plain(hidden) + (bias if hidden.ndim == 3 else -bias)
+    # Generation alone prefers YES by 2.5, the odds that decide the verdict NO by as much.
+    model.decoder.logits = lambda hidden: plain(hidden) - bias
+    model.odds = lambda *given: asked(*given) - 5
     begun = torch.tensor([prompt + [tokenizer.NO]])
     vision = model.encode(subject.images(picture[None]))
     # The first words by chance of which three beams find others than one.

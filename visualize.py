@@ -1,6 +1,6 @@
 """Figures, the report, the interactive page, and the answer to any picture and command.
 
-- `answer`: the verdict with its probability, the generated reason, and all attention of the pass that answered at `?`.
+- `answer`: the verdict with its probability, the generated reason, and all attention of the command and the reason.
 - A map is a row of cross-attention: it sums to 1 over patches. Where no head is named, it is the mean over all heads of
   all layers, in float32 whatever --dtype is. Figures show multiples of uniform attention, all maps of a figure on one
   colour scale, patches unsmoothed, and the boxes of what is asked outlined.
@@ -88,32 +88,34 @@ def answer(subject, picture, command):
     words = [subject.tokenizer.words[i] for i in ids[1:-1]]
     # No autocast: in bfloat16, which has 8 bits, the largest patches of a map would tie.
     images = subject.images(picture[None])
-    logits, attn = subject.model(images, torch.tensor([ids], device=subject.device), return_attn=True)
-    logits = logits[0, -1]
-    attn = {name: weights[:, 0].cpu().numpy() for name, weights in attn.items()}
+    vision = subject.model.encode(images)
 
     verdict = None
     probability = None
     spoken = []
     template, _ = commands.askable()[commands.only_words(command)]
     if template not in commands.DESCRIPTIONS:
-        # The verdict is decided here, so that it is the one whose attention is shown; generation continues from it.
-        odds = logits[YES] - logits[NO]
+        # The verdict is decided by its odds against the other alone; generation continues from it.
+        tokens = torch.tensor([ids], device=subject.device)
+        odds, = subject.model.odds(vision, tokens, torch.ones_like(tokens))
         verdict = yes_no(odds >= 0)
         probability = torch.sigmoid(odds.abs()).item()
         spoken = [YES if odds >= 0 else NO]
     prompt = torch.tensor([ids + spoken], device=subject.device)
-    new = subject.model.generate(subject.model.encode(images), prompt, cfg.max_new_tokens - len(spoken), beam=cfg.beam)
+    new = subject.model.generate(vision, prompt, cfg.max_new_tokens - len(spoken), beam=cfg.beam)
     reason = subject.tokenizer.decode(new[0].tolist())
-    count = len(reason.split())
-    # All that was said is read once more, since generation keeps no attention.
-    _, again = subject.model(images, torch.cat((prompt, new[:, :count]), 1), return_attn=True)
-    said = again["cross"][:, 0, :, -count - 1:-1].mean((0, 1)).cpu().numpy()
 
+    # Generation keeps no attention. One pass over all that was said has it: no token sees those that follow.
+    count = len(reason.split())
+    _, attn = subject.model(images, torch.cat((prompt, new[:, :count]), 1), return_attn=True)
+    attn = {name: weights[:, 0].cpu().numpy() for name, weights in attn.items()}
+    cross = attn["cross"].reshape(cfg.text_layers, cfg.text_heads, -1, *subject.grid)
+    said = cross[:, :, -count - 1:-1].mean((0, 1))
     # [SOS] comes first and has no map; the map at `?` is that of the answer.
-    cross = attn["cross"][:, :, 1:].reshape(cfg.text_layers, cfg.text_heads, -1, *subject.grid)
-    return Shot(verdict, probability, reason, words, cross, cross.mean((0, 1)), said.reshape(-1, *subject.grid),
-                attn["vision"], attn["self"], picture, [()] * (len(words) + 1), None)
+    cross = cross[:, :, 1:len(ids)]
+    text = attn["self"][:, :, :len(ids), :len(ids)]
+    return Shot(verdict, probability, reason, words, cross, cross.mean((0, 1)), said, attn["vision"], text, picture,
+                [()] * (len(words) + 1), None)
 
 
 def verdict_text(shot):
@@ -447,7 +449,8 @@ def draw_layers(shot):
     """draw_words layer by layer: a list of figures, the frames of an animation, on one scale."""
     heads = shot.cross.shape[1]
     by_layer = shot.cross.mean(1)                        # (L, n + 1, rows, columns)
-    return [draw_maps(shot, word_panels(shot, maps), f"Layer {layer}, mean of {heads} heads.", peak(by_layer))
+    vmax = peak(by_layer)
+    return [draw_maps(shot, word_panels(shot, maps), f"Layer {layer}, mean of {heads} heads.", vmax)
             for layer, maps in enumerate(by_layer)]
 
 
@@ -1088,10 +1091,9 @@ FIGURES = {
     "accuracy": {"accuracy": figure_accuracy, "complexity": figure_complexity},
     "attention": {"walk": figure_walk, "reason": figure_scene("reason"), "layers": figure_scene("layers"),
                   "gallery": figure_gallery, "comparison": figure_comparison, "twins": figure_twins,
-                  "decides": figure_decides,
-                  "grounding": figure_grounding, "heads": figure_scene("heads"),
-                  "specialisation": figure_specialisation,
-                  "vision": figure_scene("vision"), "text": figure_scene("text")},
+                  "decides": figure_decides, "grounding": figure_grounding, "heads": figure_scene("heads"),
+                  "specialisation": figure_specialisation, "vision": figure_scene("vision"),
+                  "text": figure_scene("text")},
     "calibration": {"calibration": figure_calibration},
     "failures": {"failures": figure_failures, "wrong": figure_wrong, "pairs": figure_pairs}}
 # Written as PDF too. The others hold pictures, which no format draws sharper.
