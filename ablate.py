@@ -267,8 +267,8 @@ def variants(cfg):
             RMSNorm, lambda cfg, old: nn.LayerNorm(len(old.weight), eps=old.eps))),
         "plain_ffn": variant("GELU instead of the gated unit, as many weights", exchanged(GatedFFN, plain_ffn)),
         "entropy": variant("entropy of the cross-attention in the loss, weight 0.05", entropy_weight=0.05),
-        "patch_double": variant(f"patches of {2 * cfg.patch_size} pixels instead of {cfg.patch_size}",
-                                patch_size=2 * cfg.patch_size)}
+        "patch_half": variant(f"patches of {cfg.patch_size // 2} pixels instead of {cfg.patch_size}",
+                              patch_size=cfg.patch_size // 2)}
 
 
 # ---- measuring a run ----

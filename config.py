@@ -168,8 +168,8 @@ PRESETS = {
                  text_ffn_dim=1024, batch_size=64, lr=1e-3, lr_projection=5e-4, lr_vision=5e-4, see_pictures=256_000,
                  read_pictures=128_000, warmup_pictures=6_400, eval_every=64_000, prefetch=4, out_dir="out/base",
                  data_dir="data_base"),
-    # python ablate.py: a run takes about 100 seconds of one core, so that many fit; questions are about large objects.
-    "ablation": dict(image_width=80, image_height=48, patch_size=8, stem_width=16, min_pixels=12.0, num_scenes=24000,
+    # python ablate.py: a run takes about 80 seconds of one core, so that many fit; questions are about large objects.
+    "ablation": dict(image_width=80, image_height=48, patch_size=16, stem_width=16, min_pixels=12.0, num_scenes=24000,
                      num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2, vision_ffn_dim=128,
                      text_dim=64, text_layers=2, text_heads=4, text_ffn_dim=128, row_tokens=64,
                      descriptions_per_image=1, see_pictures=16_000, read_pictures=20_000, warmup_pictures=800, lr=8e-3,
