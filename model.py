@@ -754,7 +754,7 @@ def main(cfg):
     with torch.no_grad(), autocast(dtype, device):
         for B in (1, cfg.batch_size):
             images = image.expand(B, -1, -1, -1)
-            commands = [[5] * (cfg.row_tokens // 8)] * 8
+            commands = [[5] * min(cfg.row_tokens // 8, cfg.max_text)] * 8
             tokens, segment = as_rows([commands] * B, device=device)
             took = least_seconds(lambda: model(images, tokens, segment), device)
             print(f"forward      {B} pictures, 8 commands each: {1000 * took:.1f} ms, {8 * B / took:,.0f} pairs/s")

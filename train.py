@@ -2,8 +2,9 @@
 
 - Prepares the data itself when they are missing; ends with the test accuracy and a block of `key: value` lines.
 - Two stages in one loop: first the vision encoder learns to see from the words of descriptions, then all learn to read.
-- How long a stage lasts is set in pictures, so 4 x 8 accumulated pictures an update cost what 16 or 32 at once cost.
-- A batch is a function of (seed, position): resuming needs no loader state, and 4 x 8 accumulated equals 32 at once.
+- How long a stage lasts is set in pictures: a run with 4 x 8 accumulated pictures costs as much as one with 32 at once,
+  and learns the same.
+- A batch follows from the seed and the number of pictures shown before it, so resuming needs no state of a loader.
 - Augmentation keeps the truth: a flip swaps left and right in the text, a crop is made only if all answers hold.
 - best.pt by validation balanced accuracy, last.pt to resume from, and log.csv, all in out_dir; Ctrl-C saves.
 - Several processes share each batch, and learn what one process learns.
@@ -526,7 +527,7 @@ def load_checkpoint(path):
         # To the CPU: a GPU has no room to spare for weights that are there already.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: run python train.py, or pass --checkpoint=FILE") from None
+        raise UserError(f"there is no checkpoint {path}: run python train.py, or name a file that it wrote") from None
     except Exception as error:                              # unpickling fails in many ways
         why = repr(error)[:120]
         raise UserError(f"{path} is not a checkpoint of train.py, or it is damaged: {why}") from None
@@ -892,7 +893,7 @@ def stop_at_bad_batch(run, loss, norm):
             step=run.step, loss=loss, norm=norm, position=run.step * run.cfg.grad_accum * run.cfg.batch_size,
             micro_batches=[vars(micro) for micro in run.data.micro_batches(run.step)]), path)
     raise UserError(f"the loss is {loss}, the gradient norm {norm} at step {run.step}: nothing was updated. Lower the "
-                    f"learning rates, or try --dtype=float32; {path} holds the batch")
+                    f"learning rates or, with another dtype, try --dtype=float32; {path} holds the batch")
 
 
 def introduce(run):
@@ -997,6 +998,8 @@ def train(cfg, make_model=VLM, make_data=Data):
     """
     if cfg.export:
         return export(cfg)
+    if cfg.checkpoint and not cfg.resume:
+        raise UserError("--checkpoint continues a run, with --resume=True; to start from its weights, give --init_from")
     out = Path(cfg.out_dir)
     begin_with = (cfg.checkpoint or out / "last.pt") if cfg.resume else cfg.init_from
     if begin_with:
@@ -1022,8 +1025,9 @@ def learn(cfg, device, make_model, make_data):
     torch.manual_seed(cfg.seed)
     data = make_data(cfg, meta, "train")
     val = Data(cfg, meta, "val")
-    if not len(data.pictures):
-        raise UserError(f"no training commands in {cfg.data_dir}: prepare more pictures or lower min_cell")
+    if not (data.index[:, 3] >= 0).any():
+        raise UserError(f"no questions to train on in {cfg.data_dir}: prepare more pictures, or lower min_cell or "
+                        "min_pixels")
     run = Run(cfg, data, device, make_model)
     if cfg.resume:
         run.resume(cfg.checkpoint or run.out / "last.pt")
