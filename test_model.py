@@ -3940,7 +3940,7 @@ def test_bench_measures_both_stages_and_saves_nothing_else(tmp_path):
     cfg = made_up(tmp_path, see_pictures=16, read_pictures=24)                    # 4 and 6 updates
     found = ablate.bench(cfg)
     see, read, schedule = (found[stage] for stage in ("see", "read", "schedule"))
-    assert [path.name for path in Path(cfg.out_dir).iterdir()] == ["bench.json"]
+    assert {path.name for path in Path(cfg.out_dir).iterdir()} == {"bench.json", "bench.md"}
     assert json.loads((Path(cfg.out_dir) / "bench.json").read_text()) == found
     for row in (see, read, schedule):
         assert all(0 < row[f"ms_{part}"] < row["ms"] for part in ablate.PARTS)

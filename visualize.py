@@ -1308,7 +1308,7 @@ def write_report(report, drawn):
     sections = {
         "summary": summary(page), "results": results(page) + all_numbers(page),
         "data": table_html(*prepare.sets_table(report.meta["report"])), "model": "",
-        "training": study(out / "lr_range.md", "lr_range") + study(out / "bench.json"), "accuracy": "",
+        "training": study(out / "lr_range.md", "lr_range") + study(out / "bench.md"), "accuracy": "",
         "attention": "<p>Colour: how many times more attention than an even spread, all maps of a figure on one scale. "
         "Outlined in green: the labelled boxes of what a word names and, for the answer, of what makes it YES. No box "
         "is used in training.</p>", "calibration": "", "failures": failure_types(report),
