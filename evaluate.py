@@ -1287,9 +1287,9 @@ def rounded(value):
     return json.loads(text, parse_float=lambda number: round(float(number), 4), parse_constant=lambda name: None)
 
 
-def made_folder(cfg):
-    """The path of out_dir, made before the work whose results would be lost without it."""
-    out = Path(cfg.out_dir)
+def made_folder(cfg, *parts):
+    """The path of out_dir, or of a folder in it, made before the work whose results would be lost without it."""
+    out = Path(cfg.out_dir, *parts)
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -1355,25 +1355,24 @@ def tables(page):
     return text
 
 
-def print_rows(found, depth=0):
-    """Every number in a nest of dicts, under its name there; lists are for the figures."""
+def lines_of(found, depth=0):
+    """Yields every number in a nest of dicts, under its name there, as a line; lists are for the figures."""
     for name, entry in found.items():
         title = "  " * depth + str(name)
         if isinstance(entry, dict) and {"n", "value"} <= set(entry):
-            print(f"{title:<36} {text_of(entry):<24} n={entry['n']}")
+            yield f"{title:<36} {text_of(entry):<24} n={entry['n']}"
         elif isinstance(entry, dict):
-            print(title)
-            print_rows(entry, depth + 1)
+            yield title
+            yield from lines_of(entry, depth + 1)
         elif not isinstance(entry, list):
-            print(f"{title:<36} {entry}")
+            yield f"{title:<36} {entry}"
 
 
 def print_page(page, records):
     """The page for people: the numbers that matter most, all the others, and some wrong answers (dicts)."""
     print(f"\n{page['split']} split: balanced accuracy and shares in % [95% interval over pictures]")
     print(tables(page))
-    print("Everything in eval.json but lists:")
-    print_rows(page)
+    print("Everything in eval.json but lists:", *lines_of(page), sep="\n")
     print("\nPoints lost without a head, the most first:")
     for e in sorted(page["head_ablation"], key=lambda e: -(e["drop"]["value"] or 0))[:6]:
         print(f"  {e['kind']} layer {e['layer']} head {e['head']}: {text_of(e['drop'])}, p (Holm) {e['p_holm']:.3g}")

@@ -16,7 +16,6 @@
 Shapes: P = rows * columns patches, n words of the command, L layers, H heads, T = n + 2 tokens.
 """
 import base64
-import contextlib
 import csv
 import functools
 import html
@@ -1276,18 +1275,12 @@ def summary(page):
     return f'<p>{text} <a href="page.html">Look for yourself</a>, after python visualize.py --page=True.</p>'
 
 
-def all_numbers(page):
-    """Every number that evaluate.py prints, folded up."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        evaluate.print_rows(page)
-    return f"<details><summary>All numbers of eval.json</summary><pre>{html.escape(printed.getvalue())}</pre></details>"
-
-
 def results(page):
-    """The numbers that matter most, each with its interval, n and what to compare it with."""
-    rows = [(name, text_of(estimate), estimate["n"], other)
-            for name, estimate, other in evaluate.headline(page)]
-    return table_html(("what", "% [95% interval]", "n", "compare with"), rows)
+    """The numbers that matter most and, folded up, all others."""
+    rows = [(name, text_of(estimate), estimate["n"], other) for name, estimate, other in evaluate.headline(page)]
+    numbers = html.escape("\n".join(evaluate.lines_of(page)))
+    return table_html(("what", "% [95% interval]", "n", "compare with"), rows) + \
+        f"<details><summary>All numbers of eval.json</summary><pre>{numbers}</pre></details>"
 
 
 def failure_types(report):
@@ -1306,7 +1299,7 @@ def write_report(report, drawn):
     page = report.page
     out = Path(report.cfg.out_dir)
     sections = {
-        "summary": summary(page), "results": results(page) + all_numbers(page),
+        "summary": summary(page), "results": results(page),
         "data": table_html(*prepare.sets_table(report.meta["report"])), "model": "",
         "training": study(out / "lr_range.md", "lr_range") + study(out / "bench.md"), "accuracy": "",
         "attention": "<p>Colour: how many times more attention than an even spread, all maps of a figure on one scale. "
@@ -1492,8 +1485,7 @@ def answer_picture(cfg):
         print(f"{verdict_text(shot)}\n{tidy(shot.reason)}")
     if cfg.source == "drawn":
         print("note: this model has seen drawn streets only; about photographs it is often wrong")
-    out = Path(cfg.out_dir) / "answer"
-    out.mkdir(parents=True, exist_ok=True)
+    out = evaluate.made_folder(cfg, "answer")
     # The commands become part of the names of the files.
     slugs = [re.sub(r"[^a-z0-9]+", "-", asked_text(shot))[:60].strip("-") for shot in shots]
     path = out / "-".join([Path(cfg.image).stem[:80], *slugs])
