@@ -219,10 +219,10 @@ def calibration_bins(p, truth, bins=15, equal_mass=False):
     return [(len(i), p[i].mean(), truth[i].mean()) for i in parts if len(i)]
 
 
-def ece(p, truth, bins=15, equal_mass=False):
+def ece(p, truth, equal_mass=False):
     """Expected calibration error in points (Naeini et al. 2015): mean of |share of YES - mean p| over questions."""
-    found = calibration_bins(p, truth, bins, equal_mass)
-    return 100 * sum(n * abs(mean - share) for n, mean, share in found) / len(p)
+    bins = calibration_bins(p, truth, equal_mass=equal_mass)
+    return 100 * sum(n * abs(mean - share) for n, mean, share in bins) / len(p)
 
 
 def fit_temperature(odds, truth):
@@ -254,9 +254,9 @@ def calibration(odds, truth):
     drawn = np.random.default_rng(0).random((200, len(p))) < p
     found = dict(n=len(p), brier=((p - truth) ** 2).mean(), bins=calibration_bins(p, truth))
     for name, equal_mass in (("ece", False), ("ece_equal_mass", True)):
-        null = [ece(p, y, equal_mass=equal_mass) for y in drawn]
+        null = [ece(p, y, equal_mass) for y in drawn]
         found[name] = dict(
-            value=ece(p, truth, equal_mass=equal_mass),
+            value=ece(p, truth, equal_mass),
             calibrated=np.mean(null),
             calibrated_high=np.percentile(null, 97.5))
     return found
@@ -561,10 +561,8 @@ def broken_down(asked, odds):
                 members.setdefault(name, {}).setdefault(group, []).append(i)
     found = {}
     for name, groups in members.items():
-        found[name] = {}
-        for group in FAMILIES if name == "family" else sorted(groups):
-            own = np.array(groups[group], int)
-            found[name][group] = asked.accuracy(odds[own], own)
+        order = FAMILIES if name == "family" else sorted(groups)
+        found[name] = {group: asked.accuracy(odds[groups[group]], groups[group]) for group in order}
     return found
 
 
@@ -1311,7 +1309,7 @@ def text_of(entry, unit="", digits=2):
 
 def headline(page):
     """The figures that matter most: [(name, estimate, what it means or what to compare it with)]."""
-    gap, = (entry for name, entry in page["train_gap"].items() if " minus " in name)
+    gap = page["train_gap"][f"train minus {page['split']}"]
     rows = [
         ("all questions", page["overall"], "guessing: 50"),
         *((f"- {name}", entry, f"such as “{FAMILIES[name]}”") for name, entry in page["by"]["family"].items()),
