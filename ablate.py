@@ -905,10 +905,10 @@ def bench(cfg):
             wait_share=parts[0] / whole,
             share_of_peak=gflop / whole / peak)
     found = rounded(found)
-    text = ("On {device} with {threads} threads in {dtype}, torch {torch}: matrix products reach {matmul_gflops:.0f} "
-            "GFLOP/s, and training takes {memory_mb:.0f} MB. An update of each stage, and the mean of all updates:\n\n")
+    text = ("{device}, {dtype}, torch {torch}, threads: {threads}. A product of matrices reaches {matmul_gflops} "
+            "GFLOP/s; training takes {memory_mb} MB. An update of each stage, and the mean of all updates:\n\n")
     rows = [[name, *(f"{found[stage][name]:g}" for stage in costs)] for name in found["schedule"]]
-    write_results(cfg, "bench", found, text.format(**found) + markdown_table(["", *costs], rows))
+    write_results(cfg, "bench", found, text.format(**found) + markdown_table(["an update", *costs], rows))
     return found
 
 

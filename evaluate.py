@@ -108,12 +108,12 @@ def median_estimate(picture, values, resamples):
 
 
 def balanced(sums):
-    """Balanced accuracy in % of sums (..., 4) of the columns of `yes_no`."""
+    """Balanced accuracy in % of sums (..., 4) of the columns of `outcomes`."""
     yes, yes_right, no, no_wrong = np.moveaxis(sums, -1, 0)
     return 50 * (yes_right / yes + 1 - no_wrong / no)
 
 
-def yes_no(truth, said):
+def outcomes(truth, said):
     """Four columns (n,) of bools: the truth is YES; so is the answer; the truth is NO; the answer is YES instead."""
     return truth, truth & said, ~truth, ~truth & said
 
@@ -288,8 +288,8 @@ class Subject:
         width, height = prepare.size_of(self.cfg)
         self.cfg = config.with_changes(self.cfg, **meta["settings"])
         if prepare.size_of(self.cfg) != (width, height):
-            raise UserError(f"the pictures in {self.cfg.data_dir} have not the model's {width}x{height} pixels: prepare "
-                            f"others with --image_width={width} --image_height={height}")
+            raise UserError(f"the pictures in {self.cfg.data_dir} have not the model's {width}x{height} pixels: "
+                            f"prepare others with --image_width={width} --image_height={height}")
         if meta["hash"] != self.state["data_hash"]:
             print(f"note: the data in {self.cfg.data_dir} are others than those that the checkpoint was trained on")
         return meta
@@ -450,7 +450,7 @@ class Questions:
 
     def accuracy(self, odds, chosen=slice(None)):
         """Balanced accuracy in % of log-odds (m,), one for each chosen question; all by default."""
-        columns = yes_no(self.truth[chosen], odds > 0)
+        columns = outcomes(self.truth[chosen], odds > 0)
         return interval(self.picture[chosen], columns, balanced, self.cfg.bootstrap)
 
     def lead(self, odds, other, theirs):
@@ -462,8 +462,8 @@ class Questions:
         # Each set has columns of its own, which are 0 for the other's rows: one table of sums holds both.
         n = len(odds)
         columns = np.zeros((8, n + len(theirs)))
-        columns[:4, :n] = yes_no(self.truth, odds > 0)
-        columns[4:, n:] = yes_no(other.truth, theirs > 0)
+        columns[:4, :n] = outcomes(self.truth, odds > 0)
+        columns[4:, n:] = outcomes(other.truth, theirs > 0)
 
         def difference(sums):
             return balanced(sums[..., :4]) - balanced(sums[..., 4:])
@@ -504,7 +504,7 @@ class Questions:
 
 def classification(truth, said):
     """Confusion matrix, accuracy, and precision, recall and F1 of both answers, in %. truth, said: bool (n,)."""
-    yes, yes_right, no, no_wrong = (column.sum() for column in yes_no(truth, said))
+    yes, yes_right, no, no_wrong = (column.sum() for column in outcomes(truth, said))
     yes_wrong, no_right = yes - yes_right, no - no_wrong
     scores = {}
     for answer, right, wanted, given in (("yes", yes_right, yes, yes_right + no_wrong),
