@@ -62,7 +62,7 @@ from visualize import INK, SERIES
 
 def write_results(cfg, name, found, text, figure=None):
     """Write what a job found to out_dir/NAME.json, what it says to NAME.md, and a figure of it; prints the text."""
-    path = Path(cfg.out_dir) / name
+    path = made_folder(cfg) / name
     write(path.with_suffix(".json"), found)
     write(path.with_suffix(".md"), text)
     if figure:
@@ -769,12 +769,12 @@ class Trial:
                 self.add("scene", name, [draw_scene(dict(spec, **{kind: name}), size) for spec in specs])
 
 
-def real_frames(subject, bdd_dir, out):
-    """The row of a BDD100K folder's own validation frames, prepared in `out`; control: a blank picture."""
+def real_frames(subject, cfg):
+    """The row of the validation frames of cfg.bdd_dir, prepared in out_dir/bdd100k; control: a blank picture."""
     other = copy.copy(subject)
     # The rules and filters stay those of the checkpoint; only where the pictures come from changes.
-    other.cfg = config.with_changes(subject.cfg, source="bdd100k", bdd_dir=bdd_dir, data_dir=str(out / "bdd100k"),
-                                    val_is_test=True, max_complexity=0)
+    other.cfg = config.with_changes(subject.cfg, source="bdd100k", bdd_dir=cfg.bdd_dir, val_is_test=True,
+                                    data_dir=str(Path(cfg.out_dir) / "bdd100k"), max_complexity=0)
     asked = Questions(other, prepare.ready(other.cfg), "test", 8000)
     blank = other.ask(asked.jobs(shown=lambda picture: subject.blank))
     return dict(study="real frames", name="of BDD100K", size=None, accuracy=asked.accuracy(asked.odds(other)),
@@ -785,14 +785,13 @@ def robustness(cfg):
     """Disturb what a trained model is shown and asked; writes out_dir/robustness.json, .md and a figure."""
     subject = Subject(cfg)
     subject.model.requires_grad_(False)                     # attacks need the gradient of the picture alone
-    out = made_folder(cfg)
     meta = subject.take_data()
     trial = Trial(subject, meta, 3 * cfg.probe_items // 2)
     for study in (trial.disturbed, trial.attacked, trial.occluded, trial.reworded, trial.redrawn):
         print(study.__name__, flush=True)
         study()
     if cfg.bdd_dir:
-        trial.rows.append(real_frames(subject, cfg.bdd_dir, out))
+        trial.rows.append(real_frames(subject, cfg))
     page = rounded(dict(step=subject.state["step"], data_hash=meta["hash"], questions=len(trial.all), rows=trial.rows))
     write_results(cfg, "robustness", page, robustness_markdown(page), draw_robustness(page))
     return page
@@ -867,7 +866,6 @@ def bench(cfg):
     For an update: ms and its parts, pairs per second (the first stage reads none), the share of waiting, and the share
     of the matmul peak that it reaches: FLOPs of the model forward, and twice that backward, without the tagger.
     """
-    made_folder(cfg)
     data = Data(cfg, prepare.ready(cfg), "train")
     run = Run(cfg, data, pick_device(cfg))
     updates = {"see": train.see_updates(cfg), "read": train.all_updates(cfg) - train.see_updates(cfg)}
@@ -955,7 +953,6 @@ def lr_range(cfg):
     Writes out_dir/lr_range.json, .md and a figure. The encoder of the second stage has learned nothing before, so that
     its rates may be somewhat higher than this says.
     """
-    made_folder(cfg)
     data = Data(cfg, prepare.ready(cfg), "train")
     found, text = {}, ""
     stages = ("see", "read") if train.see_updates(cfg) else ("read",)
