@@ -15,7 +15,7 @@
     python ablate.py --lr_range=True                  the loss at rising learning rates
 
 Writes to out_dir: a folder for each run, table.json, table.md and figures; or the results of another job:
-robustness.json, .md and a figure, bench.json, or lr_range.json, .md and a figure.
+robustness.json, .md and a figure, bench.json and .md, or lr_range.json, .md and a figure.
 
 References: PaliGemma's prefix arXiv:2407.07726, learned positions 1706.03762, FGSM 1412.6572, PGD 1706.06083, range
 test 1506.01186.
@@ -58,6 +58,16 @@ from prepare import draw_scene
 from tokenizer import IGNORE, NO, YES
 from train import Clock, Data, Run
 from visualize import INK, SERIES
+
+
+def write_results(cfg, name, found, text, figure=None):
+    """Write what a job found to out_dir/NAME.json, what it says to NAME.md, and a figure of it; prints the text."""
+    path = made_folder(cfg) / name
+    write(path.with_suffix(".json"), found)
+    write(path.with_suffix(".md"), text)
+    if figure:
+        visualize.save(figure, path, cfg.dpi, vector=True)
+    print(f"{text}\nwrote {path}.json and {name}.md")
 
 
 # ---- models that settings cannot make: a VLM with some modules replaced ----
@@ -759,12 +769,12 @@ class Trial:
                 self.add("scene", name, [draw_scene(dict(spec, **{kind: name}), size) for spec in specs])
 
 
-def real_frames(subject, bdd_dir, out):
-    """The row of a BDD100K folder's own validation frames, prepared in `out`; control: a blank picture."""
+def real_frames(subject, cfg):
+    """The row of the validation frames of cfg.bdd_dir, prepared in out_dir/bdd100k; control: a blank picture."""
     other = copy.copy(subject)
     # The rules and filters stay those of the checkpoint; only where the pictures come from changes.
-    other.cfg = config.with_changes(subject.cfg, source="bdd100k", bdd_dir=bdd_dir, data_dir=str(out / "bdd100k"),
-                                    val_is_test=True, max_complexity=0)
+    other.cfg = config.with_changes(subject.cfg, source="bdd100k", bdd_dir=cfg.bdd_dir, val_is_test=True,
+                                    data_dir=str(Path(cfg.out_dir) / "bdd100k"), max_complexity=0)
     asked = Questions(other, prepare.ready(other.cfg), "test", 8000)
     blank = other.ask(asked.jobs(shown=lambda picture: subject.blank))
     return dict(study="real frames", name="of BDD100K", size=None, accuracy=asked.accuracy(asked.odds(other)),
@@ -775,21 +785,15 @@ def robustness(cfg):
     """Disturb what a trained model is shown and asked; writes out_dir/robustness.json, .md and a figure."""
     subject = Subject(cfg)
     subject.model.requires_grad_(False)                     # attacks need the gradient of the picture alone
-    out = made_folder(cfg)
     meta = subject.take_data()
     trial = Trial(subject, meta, 3 * cfg.probe_items // 2)
     for study in (trial.disturbed, trial.attacked, trial.occluded, trial.reworded, trial.redrawn):
         print(study.__name__, flush=True)
         study()
     if cfg.bdd_dir:
-        trial.rows.append(real_frames(subject, cfg.bdd_dir, out))
+        trial.rows.append(real_frames(subject, cfg))
     page = rounded(dict(step=subject.state["step"], data_hash=meta["hash"], questions=len(trial.all), rows=trial.rows))
-    text = robustness_markdown(page)
-    write(out / "robustness.json", page)
-    write(out / "robustness.md", text)
-    visualize.save(draw_robustness(page), out / "robustness", cfg.dpi, vector=True)
-    print(text)
-    print(f"wrote {out / 'robustness.md'}, robustness.json and robustness.png")
+    write_results(cfg, "robustness", page, robustness_markdown(page), draw_robustness(page))
     return page
 
 
@@ -857,12 +861,11 @@ def matmul_gflops(device, dtype):
 
 
 def bench(cfg):
-    """What training costs, printed and written to out_dir/bench.json: both stages and the whole schedule.
+    """What training costs, in both stages and in the whole schedule; writes out_dir/bench.json and .md.
 
     For an update: ms and its parts, pairs per second (the first stage reads none), the share of waiting, and the share
     of the matmul peak that it reaches: FLOPs of the model forward, and twice that backward, without the tagger.
     """
-    out = made_folder(cfg)
     data = Data(cfg, prepare.ready(cfg), "train")
     run = Run(cfg, data, pick_device(cfg))
     updates = {"see": train.see_updates(cfg), "read": train.all_updates(cfg) - train.see_updates(cfg)}
@@ -900,8 +903,10 @@ def bench(cfg):
             wait_share=parts[0] / whole,
             share_of_peak=gflop / whole / peak)
     found = rounded(found)
-    write(out / "bench.json", found)
-    print(json.dumps(found, indent=1))
+    text = ("{device}, {dtype}, torch {torch}, threads: {threads}. A product of matrices reaches {matmul_gflops} "
+            "GFLOP/s; training takes {memory_mb} MB. An update of each stage, and the mean of all updates:\n\n")
+    rows = [[name, *(f"{found[stage][name]:g}" for stage in costs)] for name in found["schedule"]]
+    write_results(cfg, "bench", found, text.format(**found) + markdown_table(["an update", *costs], rows))
     return found
 
 
@@ -948,7 +953,6 @@ def lr_range(cfg):
     Writes out_dir/lr_range.json, .md and a figure. The encoder of the second stage has learned nothing before, so that
     its rates may be somewhat higher than this says.
     """
-    out = made_folder(cfg)
     data = Data(cfg, prepare.ready(cfg), "train")
     found, text = {}, ""
     stages = ("see", "read") if train.see_updates(cfg) else ("read",)
@@ -964,10 +968,7 @@ def lr_range(cfg):
         axis.axvline(entry["suggested"], color=SERIES[1], lw=0.8, label="suggested")
         axis.set(title=title, xscale="log", xlabel="times the rates of the settings", ylabel="running loss")
         axis.legend()
-    write(out / "lr_range.json", found)
-    write(out / "lr_range.md", text)
-    visualize.save(figure, out / "lr_range", cfg.dpi, vector=True)
-    print(text + f"wrote {out / 'lr_range.json'} and {out / 'lr_range.png'}")
+    write_results(cfg, "lr_range", found, text, figure)
     return found
 
 

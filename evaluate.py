@@ -108,12 +108,12 @@ def median_estimate(picture, values, resamples):
 
 
 def balanced(sums):
-    """Balanced accuracy in % of sums (..., 4) of the columns of `yes_no`."""
+    """Balanced accuracy in % of sums (..., 4) of the columns of `outcomes`."""
     yes, yes_right, no, no_wrong = np.moveaxis(sums, -1, 0)
     return 50 * (yes_right / yes + 1 - no_wrong / no)
 
 
-def yes_no(truth, said):
+def outcomes(truth, said):
     """Four columns (n,) of bools: the truth is YES; so is the answer; the truth is NO; the answer is YES instead."""
     return truth, truth & said, ~truth, ~truth & said
 
@@ -219,10 +219,10 @@ def calibration_bins(p, truth, bins=15, equal_mass=False):
     return [(len(i), p[i].mean(), truth[i].mean()) for i in parts if len(i)]
 
 
-def ece(p, truth, bins=15, equal_mass=False):
+def ece(p, truth, equal_mass=False):
     """Expected calibration error in points (Naeini et al. 2015): mean of |share of YES - mean p| over questions."""
-    found = calibration_bins(p, truth, bins, equal_mass)
-    return 100 * sum(n * abs(mean - share) for n, mean, share in found) / len(p)
+    bins = calibration_bins(p, truth, equal_mass=equal_mass)
+    return 100 * sum(n * abs(mean - share) for n, mean, share in bins) / len(p)
 
 
 def fit_temperature(odds, truth):
@@ -254,9 +254,9 @@ def calibration(odds, truth):
     drawn = np.random.default_rng(0).random((200, len(p))) < p
     found = dict(n=len(p), brier=((p - truth) ** 2).mean(), bins=calibration_bins(p, truth))
     for name, equal_mass in (("ece", False), ("ece_equal_mass", True)):
-        null = [ece(p, y, equal_mass=equal_mass) for y in drawn]
+        null = [ece(p, y, equal_mass) for y in drawn]
         found[name] = dict(
-            value=ece(p, truth, equal_mass=equal_mass),
+            value=ece(p, truth, equal_mass),
             calibrated=np.mean(null),
             calibrated_high=np.percentile(null, 97.5))
     return found
@@ -288,8 +288,8 @@ class Subject:
         width, height = prepare.size_of(self.cfg)
         self.cfg = config.with_changes(self.cfg, **meta["settings"])
         if prepare.size_of(self.cfg) != (width, height):
-            raise UserError(f"the pictures in {self.cfg.data_dir} have not the model's {width}x{height} pixels: prepare "
-                            f"others with --image_width={width} --image_height={height}")
+            raise UserError(f"the pictures in {self.cfg.data_dir} have not the model's {width}x{height} pixels: "
+                            f"prepare others with --image_width={width} --image_height={height}")
         if meta["hash"] != self.state["data_hash"]:
             print(f"note: the data in {self.cfg.data_dir} are others than those that the checkpoint was trained on")
         return meta
@@ -450,7 +450,7 @@ class Questions:
 
     def accuracy(self, odds, chosen=slice(None)):
         """Balanced accuracy in % of log-odds (m,), one for each chosen question; all by default."""
-        columns = yes_no(self.truth[chosen], odds > 0)
+        columns = outcomes(self.truth[chosen], odds > 0)
         return interval(self.picture[chosen], columns, balanced, self.cfg.bootstrap)
 
     def lead(self, odds, other, theirs):
@@ -462,8 +462,8 @@ class Questions:
         # Each set has columns of its own, which are 0 for the other's rows: one table of sums holds both.
         n = len(odds)
         columns = np.zeros((8, n + len(theirs)))
-        columns[:4, :n] = yes_no(self.truth, odds > 0)
-        columns[4:, n:] = yes_no(other.truth, theirs > 0)
+        columns[:4, :n] = outcomes(self.truth, odds > 0)
+        columns[4:, n:] = outcomes(other.truth, theirs > 0)
 
         def difference(sums):
             return balanced(sums[..., :4]) - balanced(sums[..., 4:])
@@ -504,7 +504,7 @@ class Questions:
 
 def classification(truth, said):
     """Confusion matrix, accuracy, and precision, recall and F1 of both answers, in %. truth, said: bool (n,)."""
-    yes, yes_right, no, no_wrong = (column.sum() for column in yes_no(truth, said))
+    yes, yes_right, no, no_wrong = (column.sum() for column in outcomes(truth, said))
     yes_wrong, no_right = yes - yes_right, no - no_wrong
     scores = {}
     for answer, right, wanted, given in (("yes", yes_right, yes, yes_right + no_wrong),
@@ -561,10 +561,8 @@ def broken_down(asked, odds):
                 members.setdefault(name, {}).setdefault(group, []).append(i)
     found = {}
     for name, groups in members.items():
-        found[name] = {}
-        for group in FAMILIES if name == "family" else sorted(groups):
-            own = np.array(groups[group], int)
-            found[name][group] = asked.accuracy(odds[own], own)
+        order = FAMILIES if name == "family" else sorted(groups)
+        found[name] = {group: asked.accuracy(odds[groups[group]], groups[group]) for group in order}
     return found
 
 
@@ -1287,9 +1285,9 @@ def rounded(value):
     return json.loads(text, parse_float=lambda number: round(float(number), 4), parse_constant=lambda name: None)
 
 
-def made_folder(cfg):
-    """The path of out_dir, made before the work whose results would be lost without it."""
-    out = Path(cfg.out_dir)
+def made_folder(cfg, *parts):
+    """The path of out_dir, or of a folder in it, made before the work whose results would be lost without it."""
+    out = Path(cfg.out_dir, *parts)
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -1311,7 +1309,7 @@ def text_of(entry, unit="", digits=2):
 
 def headline(page):
     """The figures that matter most: [(name, estimate, what it means or what to compare it with)]."""
-    gap, = (entry for name, entry in page["train_gap"].items() if " minus " in name)
+    gap = page["train_gap"][f"train minus {page['split']}"]
     rows = [
         ("all questions", page["overall"], "guessing: 50"),
         *((f"- {name}", entry, f"such as “{FAMILIES[name]}”") for name, entry in page["by"]["family"].items()),
@@ -1355,25 +1353,24 @@ def tables(page):
     return text
 
 
-def print_rows(found, depth=0):
-    """Every number in a nest of dicts, under its name there; lists are for the figures."""
+def lines_of(found, depth=0):
+    """Yields every number in a nest of dicts, under its name there, as a line; lists are for the figures."""
     for name, entry in found.items():
         title = "  " * depth + str(name)
         if isinstance(entry, dict) and {"n", "value"} <= set(entry):
-            print(f"{title:<36} {text_of(entry):<24} n={entry['n']}")
+            yield f"{title:<36} {text_of(entry):<24} n={entry['n']}"
         elif isinstance(entry, dict):
-            print(title)
-            print_rows(entry, depth + 1)
+            yield title
+            yield from lines_of(entry, depth + 1)
         elif not isinstance(entry, list):
-            print(f"{title:<36} {entry}")
+            yield f"{title:<36} {entry}"
 
 
 def print_page(page, records):
     """The page for people: the numbers that matter most, all the others, and some wrong answers (dicts)."""
     print(f"\n{page['split']} split: balanced accuracy and shares in % [95% interval over pictures]")
     print(tables(page))
-    print("Everything in eval.json but lists:")
-    print_rows(page)
+    print("Everything in eval.json but lists:", *lines_of(page), sep="\n")
     print("\nPoints lost without a head, the most first:")
     for e in sorted(page["head_ablation"], key=lambda e: -(e["drop"]["value"] or 0))[:6]:
         print(f"  {e['kind']} layer {e['layer']} head {e['head']}: {text_of(e['drop'])}, p (Holm) {e['p_holm']:.3g}")

@@ -16,7 +16,6 @@
 Shapes: P = rows * columns patches, n words of the command, L layers, H heads, T = n + 2 tokens.
 """
 import base64
-import contextlib
 import csv
 import functools
 import html
@@ -530,8 +529,7 @@ class Report:
 
     subject, cfg, grid: evaluate.Subject, its settings, its patches; meta: of the data; size: (width, height) of the
     pictures; seed: of all random choices; page: eval.json; failures: dicts; stored: attention.npz; nats: entropy of the
-    answer maps in it; asked: evaluate.Questions of the page's split; at_places: numbers of those about an object at a
-    place that is there.
+    answer maps in it; asked: evaluate.Questions of the page's split.
     """
 
     def __init__(self, cfg):
@@ -557,7 +555,14 @@ class Report:
             raise UserError(f"{out / 'eval.json'} is of {found}; the checkpoint and data here want {here}: {again}")
         self.nats = entropy(self.stored["answer_maps"].astype(np.float64))
         self.asked = evaluate.Questions(self.subject, self.meta, self.page["split"])
-        self.at_places = np.flatnonzero(self.asked.truth & [q.template == "exists_at" for q in self.asked.questions])
+
+    @functools.cached_property
+    def at_places(self):
+        """Numbers of the questions about an object at a place that is there. Raises UserError if there are none."""
+        found = np.flatnonzero(self.asked.truth & [q.template == "exists_at" for q in self.asked.questions])
+        if not len(found):
+            raise UserError("No question about an object at a place has the answer YES.")
+        return found
 
     def some(self, found, count):
         """Up to `count` of a list, drawn by the seed."""
@@ -612,7 +617,7 @@ def named_boxes(frame, view, question, command):
     return [[frame["labels"][thing.label] for thing in things] for things in found]
 
 
-# ---- figures of a set: maps. Each takes the report and returns (figure, fields of its caption), or why it is none ----
+# ---- figures of a set: maps. Each returns (figure, caption), or raises UserError if there is nothing to show ----
 
 COLUMNS = 5
 
@@ -627,16 +632,19 @@ def figure_pictures(report):
         panels.append(panel._replace(label=f"{panel.label}\n{truth}"))
     figure = draw_panels(in_rows(panels, COLUMNS), "Pictures and questions",
                          "Outlined: every object that counts as seen.")
-    return figure, dict(n=len(panels), all=len(asked.frames))
+    return figure, (
+        f"{len(panels)} of the {len(asked.frames)} pictures of the {report.page['split']} split and one question about "
+        f"each, drawn at random (seed {report.seed}). Above each picture: the question, its true answer and the "
+        "reason.")
 
 
-def figure_scene(kind):
-    """The figure function that draws SCENE[kind] of one YES question about an object at a place."""
+def figure_scene(draw, caption):
+    """The figure function that draws one YES question about an object at a place."""
     def figure(report):
-        n = len(report.at_places)
-        if not n:
-            return "No question about an object at a place has the answer YES."
-        return SCENE[kind](report.example), dict(n=n, command=asked_text(report.example))
+        shot = report.example
+        return draw(shot), (
+            f"{caption} One question, drawn at random (seed {report.seed}) among the {len(report.at_places)} about an "
+            f"object at a place whose answer is YES: “{asked_text(shot)}”")
     return figure
 
 
@@ -679,8 +687,12 @@ def figure_gallery(report):
         examples = report.some(range(len(chosen)), COLUMNS)
         rows.append((text, [report.panel(chosen[k], maps[k], boxes=boxes[k]) for k in examples]))
     if not rows:
-        return f"No word of these names what is there in {COLUMNS} questions."
-    return draw_panels(rows, "Where one word looks, scene after scene"), dict(columns=COLUMNS)
+        raise UserError(f"No word of these names what is there in {COLUMNS} questions.")
+    return draw_panels(rows, "Where one word looks, scene after scene"), (
+        f"Each row follows one word through {COLUMNS} questions, drawn at random (seed {report.seed}). Left, for n "
+        "questions with this word: how often the strongest patch touches a box of what the word names (chance: a "
+        "random patch), and the median of how many times more attention the boxes get than their area. For left and "
+        "right the box is that third of the picture.")
 
 
 def figure_comparison(report):
@@ -697,10 +709,13 @@ def figure_comparison(report):
         if len(pairs) == 3:
             break
     if not pairs:
-        return "No picture has questions about two objects at a place whose answers are YES."
+        raise UserError("No picture has questions about two objects at a place whose answers are YES.")
     other, same = (report.page["attention"]["stability"][name]["l2"] for name in ("another question", "paraphrase"))
-    return draw_comparison(pairs), dict(pictures=len(pairs), n=other["n"], other=text_of(other, digits=3),
-                                        same=text_of(same, digits=3))
+    return draw_comparison(pairs), (
+        f"{len(pairs)} pictures with two questions about different objects that are there, drawn at random (seed "
+        f"{report.seed}). Difference: orange where the first question looks more, purple where the second does. Over "
+        f"{other['n']} random questions the mean L2 distance to the map of another question is "
+        f"{text_of(other, digits=3)}, to that of a paraphrase {text_of(same, digits=3)}.")
 
 
 def figure_decides(report):
@@ -720,9 +735,12 @@ def figure_decides(report):
         rows.append((f"{asked_text(shot)}\n{verdict_text(shot)}", [
             shot_panel(shot, "scene"), answer_panel(shot, "where it looked"),
             report.panel(i, lost, label="what mattered", note=f"cosine {alike:.2f}")]))
-    if not rows:
-        return "No question about an object at a place has the answer YES."
-    return draw_panels(rows, "Where the answer looked, and what it depended on"), dict(n=len(report.at_places))
+    return draw_panels(rows, "Where the answer looked, and what it depended on"), (
+        f"Four of {len(report.at_places)} YES questions about an object at a place, drawn at random (seed "
+        f"{report.seed}). Middle: the map of the answer. Right: each patch is hidden in turn, and the log-odds of YES "
+        "fall; colour: the share of this patch in all that is lost, in the same multiples of an even spread. Patches "
+        "that raise them when hidden count as 0. A hidden patch is a grey square, which may itself look like "
+        "something.")
 
 
 STEPS = 24                     # of a pedestrian who crosses the street
@@ -747,7 +765,7 @@ def walk(report):
 
 def figure_walk(report):
     if report.cfg.source != "drawn":
-        return "Only a model of drawn scenes can be asked about a scene that is drawn anew."
+        raise UserError("Only a model of drawn scenes can be asked about a scene that is drawn anew.")
     steps = list(walk(report))
     # One scale for all frames of the animation.
     named = steps[0].words.index("pedestrian")
@@ -758,14 +776,17 @@ def figure_walk(report):
                   Panel(shot.picture, shot.maps[named], "the word “pedestrian”", shot.boxes[named]),
                   answer_panel(shot, f"the answer: {verdict_text(shot)}")]
         figures.append(draw_panels([("", panels)], asked_text(shot), "", vmax))
-    return figures, dict(steps=STEPS)
+    return figures, (
+        f"A pedestrian crosses a drawn street in {STEPS} steps, and the same question is asked at each (animated; a "
+        "printed page shows the first step). Nothing else in the scene changes. At the borders of “ahead” the truth is "
+        "unsure.")
 
 
 def figure_twins(report):
     asked = report.asked
     edits = asked.twins("flip")
     if not edits:
-        return "Only test scenes that prepare.py draws have twins; here none has."
+        raise UserError("Only test scenes that prepare.py draws have twins; here none has.")
     rows = []
     for i, edit in report.some(edits, 4):
         shot = report.shot(i)
@@ -777,8 +798,10 @@ def figure_twins(report):
             shot_panel(twin, f"twin: {edit['kind']}"),
             answer_panel(twin, f"{verdict_text(twin)}\ntruth {twin.truth}")]))
     both = report.page["twins"]["both_right"]
-    fields = dict(shown=len(rows), all=len(edits), both=text_of(both, "%"), n=both["n"])
-    return draw_panels(rows, "Twins: one edit flips the truth"), fields
+    return draw_panels(rows, "Twins: one edit flips the truth"), (
+        f"{len(rows)} of {len(edits)} questions, drawn at random (seed {report.seed}): the scene and where the answer "
+        "looked; then the scene after one edit that makes the other answer true, and where the answer looked then. "
+        f"Both answers are right for {text_of(both, '%')} of {both['n']} pairs; chance is 25%.")
 
 
 def figure_failures(report):
@@ -787,7 +810,7 @@ def figure_failures(report):
     # Only of these questions does a wrong NO say that an object which is there is not there.
     denied = [asked.truth[i] and asked.questions[i].template in ("exists", "exists_at", "near") for i in where]
     if not any(denied):
-        return "No wrong answer denies an object that is there."
+        raise UserError("No wrong answer denies an object that is there.")
     missed = where[denied]
     maps = report.stored["failure_maps"][denied].mean((1, 2), np.float64)
     covers = np.array([cover(report.boxes(i)[-1], report.size, report.grid) for i in missed])
@@ -801,8 +824,11 @@ def figure_failures(report):
         text = f"{name}\nn={mine.sum()}\n{100 * mine.mean():.0f}%"
         chosen = report.some(np.flatnonzero(mine), COLUMNS)
         rows.append((text, [report.panel(missed[k], maps[k]) for k in chosen]))
-    fields = dict(n=len(missed), stored=len(where), usual=usual, chance=100 * (covers > 0).mean())
-    return draw_panels(rows, "Objects that were there and were denied"), fields
+    return draw_panels(rows, "Objects that were there and were denied"), (
+        f"Of {len(where)} wrong answers, drawn at random, the {len(missed)} that say NO to a question about one object "
+        "(is it there, at a place, or near?) though it is there, sorted by the map of the answer. Diffuse: the entropy "
+        f"is above {usual:.2f} nats, as it is for 10% of all answers. Of the others, right region: the strongest patch "
+        f"touches a box of the object, as a random patch does in {100 * (covers > 0).mean():.0f}%.")
 
 
 def figure_wrong(report):
@@ -819,9 +845,13 @@ def figure_wrong(report):
             panels.append(report.panel(report.asked.at[record["item"]], note=wrapped(note, PANEL, FONT - 1)))
         rows.append((f"{name}\nn={len(mine)}", panels))
     if not rows:
-        return "No answer is wrong."
+        raise UserError("No answer is wrong.")
     figure = draw_panels(rows, "Wrong answers and the truth", "Outlined: what makes the answer YES, where a box does.")
-    return figure, dict(columns=COLUMNS, n=len(report.failures), sure=len(sure))
+    return figure, (
+        f"Upper row: {COLUMNS} of {len(report.failures)} wrong answers, drawn at random (seed {report.seed}). Lower "
+        f"row: of the {len(sure)} that were wrong with over 95% confidence in every wording: in real pictures the "
+        "first place to look for label errors, in drawn ones, whose labels are exact, errors of the model. Error types "
+        "are defined at the top of this section.")
 
 
 # ---- figures of a set: numbers ----
@@ -856,7 +886,10 @@ def figure_accuracy(report):
     yes, no = (page["classification"][answer]["recall"] for answer in ("yes", "no"))
     heat(right, ((yes, 100 - yes), (100 - no, no)), ("YES", "NO"), ("YES", "NO"), "{:.1f}%", "Blues",
          Normalize(0, 100), title="confusion", xlabel="said", ylabel="true")
-    return figure, dict(n=page["overall"]["n"])
+    return figure, (
+        f"All {page['overall']['n']} questions of the {page['split']} split, with 95% intervals over pictures. Dotted: "
+        "guessing. The controls must lie there, because YES and NO are balanced for every question: no picture, the "
+        "picture of another scene, and a decoder trained without pictures. Confusion: shares of each row.")
 
 
 def figure_complexity(report):
@@ -870,7 +903,7 @@ def figure_complexity(report):
         axis.set_xlabel(name)
         axis.margins(x=0.12)
     axes[0].set_ylabel("balanced accuracy, %")
-    return figure, {}
+    return figure, "Accuracy by how much there is to see and to read, with 95% intervals over pictures."
 
 
 def read_log(path, names):
@@ -904,7 +937,12 @@ def figure_training(report):
     # The losses of the two stages differ by a factor of ten. Without any, a logarithmic axis could not be drawn.
     if log["loss"][1]:
         axes[0].set_yscale("log")
-    return figure, dict(every=cfg.log_every, clip=cfg.grad_clip, stage=stage)
+    return figure, (
+        f"From log.csv: the mean loss over {cfg.log_every} pictures; the learning rate of the encoder, then of the "
+        f"decoder; the gradient norm of one update, before it is clipped at {cfg.grad_clip:g}; balanced accuracy on "
+        "the validation split, and the loss of its answers; the mean entropy of cross-attention. Left of the dashed "
+        f"line ({stage} pictures) only the encoder learns, from the words of descriptions, so the losses on its two "
+        "sides cannot be compared.")
 
 
 def figure_calibration(report):
@@ -935,14 +973,19 @@ def figure_calibration(report):
              ylabel="|log-odds| of the answer")
     axis.legend(markerscale=3, frameon=True, edgecolor="none")
     linked = report.page["attention"]["entropy"]["with_confidence"]
-    return figure, dict(n=page["raw"]["n"], maps=len(right), linked=text_of(linked))
+    return figure, (
+        f"Reliability of {page['raw']['n']} answers in 15 bins of equal width. Grey: where 95% of the bins of a "
+        "perfectly calibrated model would lie; larger dots: more questions. The temperature was fitted on the "
+        f"validation split. Right: {len(right)} questions of random pictures; the rank correlation of confidence with "
+        f"the entropy of attention, averaged over heads, is {text_of(linked)}; 0 means that the spread of attention is "
+        "unrelated to confidence.")
 
 
 def figure_grounding(report):
     found = report.page["attention"]["grounding"]
     probe = report.page["attention"]["deletion_insertion"]
     if not all("scores" in found[kind] for kind in ("word", "answer")):
-        return "No question of the sample names an object that is there."
+        raise UserError("No question of the sample names an object that is there.")
     figure, upper, lower = plot(2, 2, 3.9, height_ratios=(1.15, 1))
     for axis, (kind, name) in zip(upper, (("word", "the word of an object"), ("answer", "the answer"))):
         rows = {who: scores["pointing"] for who, scores in found[kind]["scores"].items()}
@@ -958,14 +1001,19 @@ def figure_grounding(report):
         axis.set(title=f"{name}: area {own},\nrandom order {chance}", xlabel=f"patches {done}", ylim=(0, 103),
                  ylabel="p(YES), %")
     lower[0].legend()
-    return figure, dict(n=probe["deletion"]["difference"]["n"])
+    return figure, (
+        "Above: the pointing game of the maps averaged over layers and heads, compared with baselines (grey): a random "
+        "patch, the centre, the word for another kind in the same picture, the word for the same kind in another "
+        f"picture, untrained weights. Below: for {probe['deletion']['difference']['n']} right YES answers, the patches "
+        "that the answer looked at most are hidden (or shown) first. Only this test shows that the model uses those "
+        "patches.")
 
 
 def figure_specialisation(report):
     attention = report.page["attention"]
     found = attention["specialisation"]
     if not found["categories"]:
-        return "No question of the sample names an object that is there."
+        raise UserError("No question of the sample names an object that is there.")
     heads = report.page["head_ablation"]
     spread = np.array([[entry["value"] for entry in layer] for layer in attention["entropy"]["by_head"]])
     figure = Figure((WIDTH, 5.0), layout="constrained")
@@ -990,15 +1038,20 @@ def figure_specialisation(report):
     order = np.argsort(table.argmax(0), kind="stable")
     heat(lower.subplots(), table[:, order], found["categories"], names[order], "{:.0f}", "PuOr_r",
          LogNorm(1 / 32, 32), "enrichment", title="what each cross-attention head looks for", xlabel="layer.head")
-    untrained = attention["specialisation_untrained"]["selectivity"]
-    return figure, dict(n=heads[0]["drop"]["n"], own=np.mean(found["selectivity"]), untrained=np.mean(untrained))
+    own = np.mean(found["selectivity"])
+    untrained = np.mean(attention["specialisation_untrained"]["selectivity"])
+    return figure, (
+        f"Above: points of balanced accuracy lost on {heads[0]['drop']['n']} questions without one head. A star: "
+        "significant after Holm's correction for all heads (McNemar, p < 0.05). Below: how many times more attention a "
+        "word for each kind gives to its boxes than an even spread. Mean selectivity (log of a head's favourite kind "
+        f"over the mean of all kinds): {own:.2f}, with untrained weights {untrained:.2f}.")
 
 
 def figure_pairs(report):
     found = report.page["failures"]["confusions"]
     pairs = report.page["failures"]["command_pairs"]
     if not found:
-        return "Too few questions ask for what is not there."
+        raise UserError("Too few questions ask for what is not there.")
     # Left: which kind is taken for which.
     kinds = [kind for kind in commands.CATEGORIES if any(kind in (e["asked"], e["present"]) for e in found)]
     taken = np.full((len(kinds), len(kinds)), np.nan)
@@ -1021,7 +1074,14 @@ def figure_pairs(report):
     draw(left, taken, kinds, "points of YES added", title="kinds taken for others",
          ylabel="asked for, and not there", xlabel="what stands there")
     draw(right, mixed, pairs["templates"], "points over chance", title="commands that get one answer")
-    return figure, found[0]
+    first = found[0]
+    return figure, (
+        "Left: questions with the answer NO: by how many points a false YES is more frequent where an object of the "
+        f"other kind stands at the place asked about. The largest ratio: asked for a {first['asked']} that is not "
+        f"there, the model says YES to {first['said_yes']:.0f}% where there is a {first['present']} (n={first['n']}), "
+        f"and to {first['elsewhere']:.0f}% where not. Right: two commands about one picture whose true answers differ: "
+        "how much more often both get the same answer than if their errors were independent. Grey: under 20 questions "
+        "or pairs and, on the right, differences within three standard errors.")
 
 
 def draw_column(axes, x, parts):
@@ -1079,94 +1139,36 @@ def figure_architecture(report):
     axes.text(43, start + 0.5, "keys, values:\nonce a picture", **SMALL)
     axes.plot((42, 53.5, 53.5), (start, start, end), color=INK, lw=0.9)
     axes.annotate("", (58, end), (53.5, end), arrowprops=dict(arrowstyle="-|>", color=INK, shrinkA=0, shrinkB=0))
-    return figure, dict(parameters=count(model))
+    return figure, (
+        f"Drawn from the checkpoint's own settings: {count(model)} in all. The maps below show the cross-attention, "
+        "outlined in orange.")
 
 
 # Section of the report: {name: function}. The order is that of the report.
 FIGURES = {
-    "summary": {"words": figure_scene("words")},
+    "summary": {
+        "words": figure_scene(draw_words, "A map for each word, and for the answer, which is read at “?”. Earlier "
+                              "words cannot see later ones.")},
     "data": {"pictures": figure_pictures},
     "model": {"architecture": figure_architecture},
     "training": {"training": figure_training},
     "accuracy": {"accuracy": figure_accuracy, "complexity": figure_complexity},
-    "attention": {"walk": figure_walk, "reason": figure_scene("reason"), "layers": figure_scene("layers"),
-                  "gallery": figure_gallery, "comparison": figure_comparison, "twins": figure_twins,
-                  "decides": figure_decides, "grounding": figure_grounding, "heads": figure_scene("heads"),
-                  "specialisation": figure_specialisation, "vision": figure_scene("vision"),
-                  "text": figure_scene("text")},
+    "attention": {
+        "walk": figure_walk,
+        "reason": figure_scene(draw_reason, "Where the model looked as it chose each word of its reason."),
+        "layers": figure_scene(draw_layers, "The maps of one question, layer by layer (animated; a printed page shows "
+                               "the first layer)."),
+        "gallery": figure_gallery, "comparison": figure_comparison, "twins": figure_twins,
+        "decides": figure_decides, "grounding": figure_grounding,
+        "heads": figure_scene(draw_heads, "The map of the answer in every head of every layer."),
+        "specialisation": figure_specialisation,
+        "vision": figure_scene(draw_vision, "How patches look at one another, before any word is read."),
+        "text": figure_scene(draw_text, "How words look back at earlier words.")},
     "calibration": {"calibration": figure_calibration},
     "failures": {"failures": figure_failures, "wrong": figure_wrong, "pairs": figure_pairs}}
 # Written as PDF too. The others hold pictures, which no format draws sharper.
 PLOTS = ("architecture", "training", "accuracy", "complexity", "grounding", "specialisation", "text", "calibration",
          "pairs")
-ONE_SCENE = " One question, drawn at random (seed {seed}) among the {n} about an object at a place whose answer is " \
-            "YES: “{command}”"
-# The fields of each: what its function returns, and the seed and the split.
-CAPTIONS = {
-    "pictures": "{n} of the {all} pictures of the {split} split and one question about each, drawn at random (seed "
-    "{seed}). Above each picture: the question, its true answer and the reason.",
-    "architecture": "Drawn from the checkpoint's own settings: {parameters} in all. The maps below show the "
-    "cross-attention, outlined in orange.",
-    "training": "From log.csv: the mean loss over {every} pictures; the learning rate of the encoder, then of the "
-    "decoder; the gradient norm of one update, before it is clipped at {clip:g}; balanced accuracy on the validation "
-    "split, and the loss of its answers; the mean entropy of cross-attention. Left of the dashed line ({stage} "
-    "pictures) only the encoder learns, from the words of descriptions, so the losses on its two sides cannot be "
-    "compared.",
-    "accuracy": "All {n} questions of the {split} split, with 95% intervals over pictures. Dotted: guessing. The "
-    "controls must lie there, because YES and NO are balanced for every question: no picture, the picture of "
-    "another scene, and a decoder trained without pictures. Confusion: shares of each row.",
-    "complexity": "Accuracy by how much there is to see and to read, with 95% intervals over pictures.",
-    "words": "A map for each word, and for the answer, which is read at “?”. Earlier words cannot see later ones."
-    + ONE_SCENE,
-    "walk": "A pedestrian crosses a drawn street in {steps} steps, and the same question is asked at each (animated; a "
-    "printed page shows the first step). Nothing else in the scene changes. At the borders of “ahead” the truth is "
-    "unsure.",
-    "reason": "Where the model looked as it chose each word of its reason." + ONE_SCENE,
-    "layers": "The maps of one question, layer by layer (animated; a printed page shows the first layer)." + ONE_SCENE,
-    "gallery": "Each row follows one word through {columns} questions, drawn at random (seed {seed}). Left, for n "
-    "questions with this word: how often the strongest patch touches a box of what the word names (chance: a random "
-    "patch), and the median of how many times more attention the boxes get than their area. For left and right the box "
-    "is that third of the picture.",
-    "comparison": "{pictures} pictures with two questions about different objects that are there, drawn at random "
-    "(seed {seed}). "
-    "Difference: orange where the first question looks more, purple where the second does. Over {n} random questions "
-    "the mean L2 distance to the map of another question is {other}, to that of a paraphrase {same}.",
-    "twins": "{shown} of {all} questions, drawn at random (seed {seed}): the scene and where the answer looked; then "
-    "the scene after one edit that makes the other answer true, and where the answer looked then. Both answers are "
-    "right for {both} of {n} pairs; chance is 25%.",
-    "decides": "Four of {n} YES questions about an object at a place, drawn at random (seed {seed}). Middle: the map "
-    "of the answer. Right: each patch is hidden in turn, and the log-odds of YES fall; colour: the share of this patch "
-    "in all that is lost, in the same multiples of an even spread. Patches that raise them when hidden count as 0. A "
-    "hidden patch is a grey square, which may itself look like something.",
-    "grounding": "Above: the pointing game of the maps averaged over layers and heads, compared with baselines (grey): "
-    "a random patch, the centre, the word for another kind in the same picture, the word for the same kind in another "
-    "picture, untrained weights. Below: for {n} right YES answers, the patches that the answer looked at most are "
-    "hidden (or shown) first. Only this test shows that the model uses those patches.",
-    "heads": "The map of the answer in every head of every layer." + ONE_SCENE,
-    "specialisation": "Above: points of balanced accuracy lost on {n} questions without one head. A star: significant "
-    "after Holm's correction for all heads (McNemar, p < 0.05). Below: how many times more attention a word for each "
-    "kind gives to its boxes than an even spread. Mean selectivity (log of a head's favourite kind over the mean of "
-    "all kinds): {own:.2f}, with untrained weights {untrained:.2f}.",
-    "vision": "How patches look at one another, before any word is read." + ONE_SCENE,
-    "text": "How words look back at earlier words." + ONE_SCENE,
-    "calibration": "Reliability of {n} answers in 15 bins of equal width. Grey: where 95% of the bins of a perfectly "
-    "calibrated model would lie; larger dots: more questions. The temperature was fitted on the validation split. "
-    "Right: {maps} questions of random pictures; the rank correlation of confidence with the entropy of attention, "
-    "averaged over heads, is {linked}; 0 means that the spread of attention is unrelated to confidence.",
-    "failures": "Of {stored} wrong answers, drawn at random, the {n} that say NO to a question about one object (is it "
-    "there, at a place, or near?) though it is there, sorted by the map of the answer. Diffuse: the entropy is above "
-    "{usual:.2f} nats, as it is for 10% of all answers. Of the others, right region: the strongest patch touches a box "
-    "of the object, as a random patch does in {chance:.0f}%.",
-    "wrong": "Upper row: {columns} of {n} wrong answers, drawn at random (seed {seed}). Lower row: of the {sure} that "
-    "were wrong with over 95% confidence in every wording: in real pictures the first place to look for label errors, "
-    "in drawn ones, whose labels are exact, errors of the model. Error types are defined at the top of this section.",
-    "pairs": "Left: questions with the answer NO: by how many points a false YES is more frequent where an object of "
-    "the other kind stands at the place asked about. The largest ratio: asked for a {asked} that is not there, the "
-    "model says YES to {said_yes:.0f}% where there is a {present} (n={n}), and to {elsewhere:.0f}% where not. "
-    "Right: two commands about one picture whose true answers differ: how much more often both get the same answer "
-    "than if their errors were independent. Grey: under 20 questions or pairs and, on the right, differences within "
-    "three standard errors."}
-
 
 # ---- the report ----
 
@@ -1276,18 +1278,12 @@ def summary(page):
     return f'<p>{text} <a href="page.html">Look for yourself</a>, after python visualize.py --page=True.</p>'
 
 
-def all_numbers(page):
-    """Every number that evaluate.py prints, folded up."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        evaluate.print_rows(page)
-    return f"<details><summary>All numbers of eval.json</summary><pre>{html.escape(printed.getvalue())}</pre></details>"
-
-
 def results(page):
-    """The numbers that matter most, each with its interval, n and what to compare it with."""
-    rows = [(name, text_of(estimate), estimate["n"], other)
-            for name, estimate, other in evaluate.headline(page)]
-    return table_html(("what", "% [95% interval]", "n", "compare with"), rows)
+    """The numbers that matter most and, folded up, all others."""
+    rows = [(name, text_of(estimate), estimate["n"], other) for name, estimate, other in evaluate.headline(page)]
+    numbers = html.escape("\n".join(evaluate.lines_of(page)))
+    return table_html(("what", "% [95% interval]", "n", "compare with"), rows) + \
+        f"<details><summary>All numbers of eval.json</summary><pre>{numbers}</pre></details>"
 
 
 def failure_types(report):
@@ -1301,14 +1297,28 @@ def failure_types(report):
     return f"<p>{text}</p>{table_html(('family', *kinds), rows)}"
 
 
-def write_report(report, drawn):
-    """out_dir/report.html: one file with everything in it. drawn: {name: (file of the figure, caption)}."""
+def drawn_html(report, name, function):
+    """Draw a figure, write it to out_dir/figures, and return it as HTML with its caption, or why there is none."""
+    out = evaluate.made_folder(report.cfg, "figures")
+    try:
+        figure, caption = function(report)
+    except UserError as error:
+        print(f"no figure '{name}': {error}", flush=True)
+        return figure_html(name, None, str(error))
+    files = save(figure, out / name, report.cfg.dpi, name in PLOTS)
+    print("figure:", *files, flush=True)
+    return figure_html(name, files[0], caption)
+
+
+def make_report(cfg):
+    """Every figure, and out_dir/report.html: one file with everything in it."""
+    report = Report(cfg)
     page = report.page
     out = Path(report.cfg.out_dir)
     sections = {
-        "summary": summary(page), "results": results(page) + all_numbers(page),
+        "summary": summary(page), "results": results(page),
         "data": table_html(*prepare.sets_table(report.meta["report"])), "model": "",
-        "training": study(out / "lr_range.md", "lr_range") + study(out / "bench.json"), "accuracy": "",
+        "training": study(out / "lr_range.md", "lr_range") + study(out / "bench.md"), "accuracy": "",
         "attention": "<p>Colour: how many times more attention than an even spread, all maps of a figure on one scale. "
         "Outlined in green: the labelled boxes of what a word names and, for the answer, of what makes it YES. No box "
         "is used in training.</p>", "calibration": "", "failures": failure_types(report),
@@ -1317,7 +1327,8 @@ def write_report(report, drawn):
     body, nav = [], []
     # A section without text and figures, such as ablations that nobody ran, does not appear.
     for section, text in sections.items():
-        figures = [figure_html(name, *drawn[name]) for name in FIGURES.get(section, ())]
+        # One after the other: all figures at once would take gigabytes.
+        figures = [drawn_html(report, *entry) for entry in FIGURES.get(section, {}).items()]
         if text or figures:
             nav.append(f'<a href="#{section}">{section}</a>')
             body += [f'<h2 id="{section}">{section.capitalize()}</h2>{text}', *figures]
@@ -1492,8 +1503,7 @@ def answer_picture(cfg):
         print(f"{verdict_text(shot)}\n{tidy(shot.reason)}")
     if cfg.source == "drawn":
         print("note: this model has seen drawn streets only; about photographs it is often wrong")
-    out = Path(cfg.out_dir) / "answer"
-    out.mkdir(parents=True, exist_ok=True)
+    out = evaluate.made_folder(cfg, "answer")
     # The commands become part of the names of the files.
     slugs = [re.sub(r"[^a-z0-9]+", "-", asked_text(shot))[:60].strip("-") for shot in shots]
     path = out / "-".join([Path(cfg.image).stem[:80], *slugs])
@@ -1505,29 +1515,6 @@ def answer_picture(cfg):
             files += save(draw(shots[0]), f"{path}-{kind}", cfg.dpi, kind in PLOTS)
     for file in files:
         print(f"figure: {file}")
-
-
-def make_report(cfg):
-    """Every figure, and the report that shows them."""
-    report = Report(cfg)
-    out = Path(cfg.out_dir) / "figures"
-    out.mkdir(parents=True, exist_ok=True)
-    drawn = {}
-    for name, function in (pair for section in FIGURES.values() for pair in section.items()):
-        # Drawn and written one after the other: all figures at once would take gigabytes.
-        try:
-            made = function(report)
-        except UserError as error:
-            made = str(error)
-        if isinstance(made, str):
-            print(f"no figure '{name}': {made}", flush=True)
-            drawn[name] = None, made
-            continue
-        figure, fields = made
-        files = save(figure, out / name, cfg.dpi, name in PLOTS)
-        drawn[name] = files[0], CAPTIONS[name].format(seed=report.seed, split=report.page["split"], **fields)
-        print("figure:", *files, flush=True)
-    write_report(report, drawn)
 
 
 def main(cfg):
