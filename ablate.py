@@ -248,7 +248,7 @@ def variants(cfg):
         "no_cross": variant("no cross-attention: the mean of all patches added to each word",
                             exchanged(DecoderBlock, pool_patches), maps=False),
         "blind": variant("every picture grey", Blind, maps=False),
-        "no_stage": variant("no first stage, nor its loss: text alone, for as long", **unseen),
+        "no_stage": variant("no stage 1, nor its loss; only stage 2, for as long", **unseen),
         "prefix": variant("patches before the words in one row instead of cross-attention",
                           exchanged(Decoder, Prefix)),
         # What it must know about order, place and reasons.
@@ -264,7 +264,7 @@ def variants(cfg):
         "mha": variant("a key/value head for each query head", text_kv_heads=cfg.text_heads),
         # How it is trained.
         "no_describe": variant("no descriptions to read, more questions instead", descriptions_per_image=0),
-        "frozen_vision": variant("vision encoder left random; text alone, for as long", freeze_pictures=-1, **unseen),
+        "frozen_vision": variant("vision encoder stays random; only stage 2, for as long", freeze_pictures=-1, **unseen),
         "no_augmentation": variant("no flips, no jitter", flip=0.0, jitter=0.0),
         "more_jitter": variant("brightness and contrast jittered by 40%", jitter=0.4),
         "no_balance": variant("training questions drawn whatever their answer", data=Unbalanced),
@@ -786,13 +786,14 @@ def robustness(cfg):
     subject = Subject(cfg)
     subject.model.requires_grad_(False)                     # attacks need the gradient of the picture alone
     meta = subject.take_data()
+    # First, so that a folder that cannot be read is found before the long work.
+    real = [real_frames(subject, cfg)] if cfg.bdd_dir else []
     trial = Trial(subject, meta, 3 * cfg.probe_items // 2)
     for study in (trial.disturbed, trial.attacked, trial.occluded, trial.reworded, trial.redrawn):
         print(study.__name__, flush=True)
         study()
-    if cfg.bdd_dir:
-        trial.rows.append(real_frames(subject, cfg))
-    page = rounded(dict(step=subject.state["step"], data_hash=meta["hash"], questions=len(trial.all), rows=trial.rows))
+    page = rounded(dict(step=subject.state["step"], data_hash=meta["hash"], questions=len(trial.all),
+                        rows=trial.rows + real))
     write_results(cfg, "robustness", page, robustness_markdown(page), draw_robustness(page))
     return page
 

@@ -1781,7 +1781,7 @@ def test_only_one_folder_that_tests_alone_is_prepared_and_not_trained_on(bdd, tm
     cfg = bdd_settings(tmp_path, val_is_test=True, row_tokens=64)
     meta = prepare.prepare(cfg)
     assert meta["splits"] == dict(test=6) and min(meta["std"]) > 0
-    refuses(lambda: train.train(cfg), "no training commands")
+    refuses(lambda: train.train(cfg), "no questions to train on")
 
 
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
@@ -3373,7 +3373,9 @@ def typed(tmp_path_factory):
     cfg = config.from_args([], **{**TINY, "vision_layers": 1}, device="cpu", max_new_tokens=8, dpi=40,
                            out_dir=str(root))
     save_untrained(cfg, dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3], hash=config.data_hash(cfg)))
-    Image.fromarray(np.asarray(prepare.draw_scene(prepare.sample_scene("a", cfg), (64, 64)))).save(root / "a.png")
+    # Sides that are no multiples of the number of patches, as those of a photograph.
+    scene = prepare.draw_scene(prepare.sample_scene("a", cfg), (67, 51))
+    Image.fromarray(np.asarray(scene)).save(root / "a.png")
     return changed(cfg, checkpoint=str(root / "best.pt"), image=str(root / "a.png"), command="is there a bus?")
 
 

@@ -1489,9 +1489,10 @@ def answer_picture(cfg):
     # Commands are checked before anything is answered.
     asked = [commands.understood(text) for text in (cfg.command, cfg.command2) if text]
     picture, sides = prepare.picture_and_sides(cfg.image, prepare.size_of(cfg))
-    # Maps are shown on the picture itself, in its own shape.
+    # Maps are shown on the picture itself, in its own shape, but that its sides are multiples of the number of patches.
     less = min(1, LARGEST / max(sides))
-    own, _ = prepare.picture_and_sides(cfg.image, [math.ceil(side * less) for side in sides])
+    own, _ = prepare.picture_and_sides(cfg.image, [math.ceil(side * less / patches) * patches
+                                                   for side, patches in zip(sides, subject.grid[::-1])])
     shots = []
     for texts in asked:
         tried = [answer(subject, np.asarray(picture), text) for text in texts]
