@@ -3482,13 +3482,13 @@ def test_every_map_of_a_scene_is_a_row_of_the_attention_that_answered(typed):
 
 
 def test_pictures_are_answered_and_drawn(typed, tmp_path, capsys, monkeypatch):
-    """Two kinds of figures stand for all: an animation, and one that is written as PDF too."""
-    monkeypatch.setattr(visualize, "SCENE", {kind: visualize.SCENE[kind] for kind in ("layers", "text")})
+    """An animation, a figure with a box on the picture, and one that is written as PDF too stand for all."""
+    monkeypatch.setattr(visualize, "SCENE", {kind: visualize.SCENE[kind] for kind in ("layers", "vision", "text")})
     visualize.main(changed(typed, out_dir=str(tmp_path), command="is there a CAR, or a $bus?!"))
     name = str(tmp_path / "answer" / "a-is-there-a-car-or-a-bus")
     assert capsys.readouterr().out.splitlines()[2:] == [
         "note: this model has seen drawn streets only; about photographs it is often wrong"] + [
-        f"figure: {name}-{end}" for end in ("layers.webp", "text.png", "text.pdf")]
+        f"figure: {name}-{end}" for end in ("layers.webp", "vision.png", "text.png", "text.pdf")]
     with Image.open(f"{name}-layers.webp") as frames, Image.open(f"{name}-text.png") as image:
         assert frames.n_frames == 2 and len(frames.convert("RGB").getcolors(2 ** 24)) > 50
         assert round(image.info["dpi"][0]) == 40
