@@ -452,12 +452,6 @@ def test_rope_depends_on_relative_positions_only():
     close(rotate(q, at([3]))[..., 1], q[..., 1] * math.cos(angle) - q[..., 5] * math.sin(angle))
 
 
-def test_rms_norm():
-    x, norm = torch.randn(4, 8), RMSNorm(8)
-    torch.nn.init.normal_(norm.weight)
-    close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + norm.weight))
-
-
 # ---- model: losses, freezing, LoRA ----
 def test_loss_equals_cross_entropy_on_all_logits():
     model, images = tiny(), pictures(2)
@@ -471,22 +465,6 @@ def test_loss_equals_cross_entropy_on_all_logits():
     total = model.decode(model.encode(images), tokens, segment, targets,
                          loss_fn=lambda found, goal: (found.logsumexp(-1) * goal).sum())
     close(total, (logits.logsumexp(-1) * targets)[learned].sum())
-
-
-@pytest.mark.filterwarnings("error")
-def test_contrastive_loss():
-    """Of each picture with the longest of its commands, read after its last word."""
-    model, images = tiny(contrast_weight=0.1), pictures(3)
-    prompts = [texts(4, 6), texts(5, 2, 3, seed=10), texts(7, seed=20)]
-    vision = model.encode(images)
-    loss = model.contrastive_loss(vision, *as_rows(prompts))
-    longest = [max(own, key=len) for own in prompts]
-    hidden = torch.stack([model.decoder(*as_rows([[ids]], len(ids)))[0, -1] for ids in longest])
-    logits = 10 * F.cosine_similarity(vision.mean(1)[:, None], hidden[None], dim=-1) - 10
-    want = sum(-F.logsigmoid(logits[i, j] if i == j else -logits[i, j]) for i in range(3) for j in range(3)) / 3
-    close(loss, want)
-    loss.backward()
-    assert all(p.grad.any() for p in model.contrast.values())
 
 
 def test_freezing():
@@ -510,33 +488,22 @@ def test_dropout_only_in_training():
     assert model.training, "generate leaves the mode as it was"
 
 
-def test_lora_starts_as_the_model_learns_alone_and_merges():
+def test_lora_starts_as_the_model_and_merges():
     model, images, tokens = tiny(), pictures(2), words(2, 7)
-    before = model(images, tokens)
-    frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before, names = model(images, tokens), list(model.state_dict())
     layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     model.add_lora(2)
     assert torch.equal(model(images, tokens), before)
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(learning) == {f"{name}.{part}.weight" for name in layers for part in ("reduce", "expand")}
-    for on in (True, False):
-        model.freeze("vision", on)
-        assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-            n for n in learning if not (on and n.startswith("vision"))}, "a frozen weight must not wake up"
-    optimizer = torch.optim.SGD(learning.values(), 0.05)
-    for _ in range(2):                    # at the first step only half of the weights have a gradient
-        optimizer.zero_grad()
-        model(images, tokens, targets=tokens).backward()
-        optimizer.step()
-    assert all(p.grad.any() for p in learning.values())
+    for name, p in learning.items():
+        assert 2 in p.shape, name
+        torch.nn.init.normal_(p, std=0.1)
     tuned = model(images, tokens)
+    assert (tuned - before).abs().max() > 0.1
     model.merge_lora()
     close(model(images, tokens), tuned)
-    merged = model.state_dict()
-    assert list(merged) == list(frozen) and all(p.requires_grad for p in model.parameters())
-    for name, weight in merged.items():
-        rank = 0 if torch.equal(weight, frozen[name]) else torch.linalg.matrix_rank(weight - frozen[name], rtol=1e-3)
-        assert rank in ((1, 2) if name.removesuffix(".weight") in layers else (0,)), name
+    assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
 
 
 # ---- model: generation ----
@@ -594,19 +561,6 @@ def test_parameter_counts():
         with torch.device("meta"):
             model = VLM(config.from_args([f"--preset={preset}"]), 500)
         assert sum(p.numel() for p in model.parameters()) < 50e6, preset
-
-
-def test_initial_sizes():
-    torch.manual_seed(0)
-    cfg = config.from_args([], image_width=64, image_height=64)
-    model = VLM(cfg, 300)
-    block = model.decoder.blocks[0]
-    for weight, size in ((block.attn.q.weight, 128), (block.ffn.down.weight, 256 * 3 * cfg.text_layers),
-                         (model.decoder.embedding.weight, 128)):
-        assert weight.std().item() == pytest.approx(size ** -0.5, rel=0.02)
-    features = model.features(pictures(2, 64))
-    assert 0.2 < features["stem"].std() < 2
-    close(features["block0"], features["stem"] + model.vision.positions)      # blocks start as the identity
 
 
 def test_overfits_one_batch():
@@ -2492,17 +2446,13 @@ def test_learning_rate_warms_up_and_decays_in_each_stage():
     assert set(scales(10, 169, schedule="constant")) == {1.0}
 
 
-def test_weight_decay_spares_norms_biases_embeddings_and_positions():
+def test_each_part_has_a_learning_rate_of_its_own():
     model, tagger = tiny(), model_file.WordTagger(32, 5)
-    cfg = changed(DEFAULTS, weight_decay=0.07, lr=1e-3, lr_vision=2e-3, lr_projection=3e-3)
-    optimizer = train.make_optimizer(model, tagger, cfg, torch.device("cpu"))
-    found = {id(p): (group["weight_decay"], group["peak"]) for group in optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        decay, peak = found.pop(id(p))
-        spared = p.ndim < 2 or any(word in name for word in ("norm", "bias", "embedding", "positions"))
-        assert decay == (0 if spared else 0.07), name
-        assert peak == {"vision": 2e-3, "projection": 3e-3, "decoder": 1e-3}[name.split(".")[0]], name
-    assert set(found) == {id(p) for p in tagger.parameters()} and {peak for _, peak in found.values()} == {2e-3}
+    cfg = changed(DEFAULTS, lr=1e-3, lr_vision=2e-3, lr_projection=3e-3)
+    groups = train.make_optimizer(model, tagger, cfg, torch.device("cpu")).param_groups
+    peaks = {id(p): group["peak"] for group in groups for p in group["params"]}
+    for part, peak in ((model.vision, 2e-3), (tagger, 2e-3), (model.projection, 3e-3), (model.decoder, 1e-3)):
+        assert {peaks[id(p)] for p in part.parameters()} == {peak}
 
 
 def test_token_loss_is_the_weighted_sum_it_says():
@@ -2677,12 +2627,6 @@ def test_early_stopping_stops_when_nothing_improves(drawn, tmp_path, capsys):
 
 # ---- evaluation: statistics ----
 
-def agrees(found, value, draws):
-    """The estimate has this value and the 95% percentile interval of these draws."""
-    assert found["value"] == pytest.approx(value)
-    assert [found["low"], found["high"]] == pytest.approx(np.percentile(list(draws), (2.5, 97.5)))
-
-
 def answered(truth, picture):
     """Questions of which only the truths and the pictures are known."""
     found = evaluate.Questions.__new__(evaluate.Questions)
@@ -2699,28 +2643,26 @@ def test_estimates_equal_resampling_picture_by_picture():
     times = evaluate.resamples_of(31, 200).astype(int)
     assert (times.sum(1) == 31).all() and times.var() == pytest.approx(1 - 1 / 31, abs=0.03)
 
-    def drawn_rows(rows=every):
-        """These rows, repeated as their pictures are drawn: an index array for each resample."""
-        return [np.repeat(rows, count[picture[rows]]) for count in times]
+    def agrees(found, figure, *sets):
+        """found is figure(rows of each set), with the 95% interval of these rows repeated as their pictures are drawn.
+        """
+        draws = [figure(*(np.repeat(rows, count[picture[rows]]) for rows in sets)) for count in times]
+        assert found["value"] == pytest.approx(figure(*sets))
+        assert [found["low"], found["high"]] == pytest.approx(np.percentile(draws, (2.5, 97.5)))
 
     def own(odds, rows):
         return 100 * train.balanced_accuracy(truth[rows], odds[rows])
-    agrees(asked.accuracy(a), own(a, every), [own(a, i) for i in drawn_rows()])
+    agrees(asked.accuracy(a), lambda i: own(a, i), every)
     assert asked.accuracy(a[other], other)["value"] == pytest.approx(own(a, other))
-    agrees(asked.lead(b, asked, a), own(b, every) - own(a, every), [own(b, i) - own(a, i) for i in drawn_rows()])
+    agrees(asked.lead(b, asked, a), lambda i: own(b, i) - own(a, i), every)
     found = asked.lead(a, answered(truth[other], picture[other]), b[other])
-    agrees(found, own(a, every) - own(b, other),
-           [own(a, i) - own(b, j) for i, j in zip(drawn_rows(), drawn_rows(other))])
+    agrees(found, lambda i, j: own(a, i) - own(b, j), every, other)
     assert found["n"] == 60, "the smaller set limits what can be known"
     values = rng.exponential(size=155)                      # 31 x 5 values: every resample has one in the middle
-    agrees(asked.mean(values, every), 100 * values.mean(), [100 * values[i].mean() for i in drawn_rows()])
-    agrees(evaluate.median_estimate(picture, values, 200), np.median(values),
-           [np.median(values[i]) for i in drawn_rows()])
-    x, y = rng.random((2, 155)) ** 3
-    y += 0.3 * x
-    ranks = np.array([[(all_of < v).sum() for v in all_of] for all_of in (x, y)])
-    agrees(evaluate.correlation_estimate(picture, x, y, 200), np.corrcoef(ranks)[0, 1],
-           [np.corrcoef(ranks[:, i])[0, 1] for i in drawn_rows()])
+    agrees(asked.mean(values, every), lambda i: 100 * values[i].mean(), every)
+    agrees(evaluate.median_estimate(picture, values, 200), lambda i: np.median(values[i]), every)
+    ranks = np.stack((every, rng.permutation(every)))
+    agrees(evaluate.correlation_estimate(picture, *ranks ** 3, 200), lambda i: np.corrcoef(ranks[:, i])[0, 1], every)
     nothing = dict(value=None, low=None, high=None)
     for truth in ([1, 1], []):                      # balanced accuracy needs both answers
         assert answered(truth, range(len(truth))).accuracy(np.ones(len(truth))) == dict(nothing, n=len(truth))
@@ -2869,13 +2811,13 @@ def test_deletion_and_insertion_follow_the_map():
 
 
 def test_entropy_and_distances_of_maps():
-    assert evaluate.entropy(np.full((2, 16), 1 / 16)) == pytest.approx([math.log(16)] * 2)
-    assert evaluate.entropy(one_hot(3)) == 0 and evaluate.entropy(one_hot(3, 4)) == pytest.approx(math.log(2))
-    a, b = np.random.default_rng(0).dirichlet(np.ones(16), 2)
-    found, middle = evaluate.distances(np.array([a, a]), np.array([b, a])), (a + b) / 2
-    js = sum((x * np.log(x / middle)).sum() / 2 for x in (a, b))
-    assert np.allclose(found["js"], [js, 0]) and np.allclose(found["l2"], [np.linalg.norm(a - b), 0])
-    assert np.allclose(found["cosine"], [a @ b / np.linalg.norm(a) / np.linalg.norm(b), 1])
+    one, two = one_hot(3), one_hot(3, 4)
+    assert evaluate.entropy(np.stack((one, two, np.full(16, 1 / 16)))) == pytest.approx([0, math.log(2), math.log(16)])
+    found = evaluate.distances(np.stack((one, one)), np.stack((two, one)))
+    # From their middle, 3/4 and 1/4, the first is ln 4/3 away and the second ln 4/3 half and ln 2.
+    wanted = dict(js=math.log(4 / 3) * 3 / 4 + math.log(1 / 2) / 4 + math.log(2) / 2, l2=0.5 ** 0.5, cosine=0.5 ** 0.5)
+    assert {name: value[0] for name, value in found.items()} == pytest.approx(wanted)
+    assert {name: value[1] for name, value in found.items()} == pytest.approx(dict(js=0, l2=0, cosine=1))
 
 
 @torch.no_grad()
