@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -53,6 +54,7 @@ TINY = dict(image_width=32, image_height=32, patch_size=8, stem_width=8, vision_
             vision_ffn_dim=64, text_dim=32, text_layers=2, text_heads=4, text_kv_heads=2, text_head_dim=8,
             text_ffn_dim=48, max_text=24)
 V = 50           # words of the tiny vocabulary
+CPU = torch.device("cpu")
 
 
 def tiny(**changes):
@@ -157,6 +159,11 @@ def as_pixels(images, data):
     return (images.numpy().transpose(0, 2, 3, 1) * data.std + data.mean) * 255
 
 
+def stored(path):
+    """What a file of JSON holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def logged(out):
     """The rows of log.csv without times and memory."""
     measured = ("ms", "pictures_per_s", "pairs_per_s", "wait_share", "memory_mb", "seconds")
@@ -207,6 +214,14 @@ def made_up(root, **changes):
     for name, content in (("vocab.json", words), ("meta.json", meta)):
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return cfg
+
+
+def training_data(cfg):
+    return train.Data(cfg, prepare.load_meta(cfg), "train")
+
+
+def best_of(cfg):
+    return str(Path(cfg.out_dir) / "best.pt")
 
 
 def same(a, b):
@@ -586,7 +601,7 @@ def test_bfloat16_autocast(attention):
     tokens, segment = as_rows([texts(4, 7), texts(2, 6)])
     targets = torch.where(tokens != 0, tokens, -100)
     exact = model(images, tokens, segment, targets)
-    with model_file.autocast(torch.bfloat16, torch.device("cpu")):
+    with model_file.autocast(torch.bfloat16, CPU):
         loss = model(images, tokens, segment, targets)
         said = model.generate(model.encode(images), left_padded(texts(4, 7)), 4, beam=2)
     loss.backward()
@@ -595,7 +610,7 @@ def test_bfloat16_autocast(attention):
 
 
 def test_pick_device(monkeypatch):
-    assert model_file.pick_device(changed(DEFAULTS, device="cpu")) == torch.device("cpu")
+    assert model_file.pick_device(changed(DEFAULTS, device="cpu")) == CPU
     for wish in ("cuda:99", "mps:7", "toaster"):
         refuses(lambda: model_file.pick_device(changed(DEFAULTS, device=wish)), wish)
     current = []
@@ -868,7 +883,7 @@ def test_the_vocabulary_has_200_to_500_words_and_all_that_is_ever_written(lexico
     texts |= {item["reason"] for items in drawn.items.values() for item in items}
     written = " ".join({word for text in texts for word in text.split()})
     assert "{" not in written and tokenizer.UNK not in lexicon.encode(written)
-    assert json.loads(Path(drawn.cfg.data_dir, "vocab.json").read_text(encoding="utf-8")) == lexicon.words
+    assert stored(Path(drawn.cfg.data_dir) / "vocab.json") == lexicon.words
     assert 200 <= len(lexicon) <= 500
 
 
@@ -1252,35 +1267,21 @@ def hours_and_weathers(name):
             for weather in prepare.WEATHERS for hour in prepare.TIMES}
 
 
-def touched(spec, o):
-    """Pixels that an object may touch: its box, a generous shadow, the pole of what hangs, and the blur.
-
-    In the dark, also the halo of its lamps; in rain, its mirror image below.
-    """
-    x1, y1, x2, y2 = prepare.object_box(spec, o)
-    dark, hangs = spec["timeofday"] != "daytime", o["y"] > 0
-    aside = 0.5 * dark * (y2 - y1) if hangs else 0.7 * (x2 - x1)
-    foot = prepare.project(spec, o["x"], 0, o["z"])[1]
-    below = foot if hangs else y2 + 0.2 * (x2 - x1) + 0.02
-    if spec["weather"] == "rainy":
-        below = max(below, 2 * spec["horizon"] - y1 + 0.04)
-    y1 -= 0.3 * dark * (y2 - y1)
-    # The pole of what hangs stands at the kerb.
-    aside = max(aside, hangs * spec["focal"] * (spec["right"] + 3 - o["x"]) / o["z"])
-    mask, grow = np.zeros(SHAPE[::-1], bool), 5 + 6 * dark
-    left, top, right, low = (int(v * side) for v, side in zip((x1 - aside, y1, x2 + aside, below), SHAPE + SHAPE))
-    mask[max(0, top - grow):max(0, low + grow), max(0, left - grow):max(0, right + grow)] = True
-    return mask
-
-
 @pytest.mark.parametrize("name", ["scene-000001", "scene-000004", "scene-000008"])
 def test_an_edit_leaves_the_other_pixels_alone_in_every_weather_and_at_every_hour(name):
+    """All but the object, its shadow or mirror image below, a glow around it, and the pole of what hangs."""
     for spec in hours_and_weathers(name).values():
         picture = prepare.draw_scene(spec, SHAPE)
         for i, o in enumerate(spec["objects"]):
             without = prepare.apply_edit(spec, dict(remove=[i], add=[]))
             changes = (prepare.draw_scene(without, SHAPE) != picture).any(-1)
-            assert not (changes & ~touched(spec, o)).any(), (spec["weather"], spec["timeofday"], o)
+            x1, y1, x2, y2 = np.multiply(prepare.object_box(spec, o), SHAPE + SHAPE)
+            pole = (o["y"] > 0) * SHAPE[0] * spec["focal"] * (spec["right"] + 3 - o["x"]) / o["z"]     # at the kerb
+            glow = 11 + 0.5 * (y2 - y1)
+            aside = max(0.7 * (x2 - x1), glow)
+            left, top, right = (max(0, int(edge)) for edge in (x1 - aside, y1 - glow, x2 + max(aside, pole)))
+            changes[top:, left:right] = False
+            assert not changes.any(), (spec["weather"], spec["timeofday"], o)
 
 
 PLAIN = dict(bonnet=0.0, noise=0.0, shade=0.0, blur=0, gain=1.0, tint=[1.0] * 3, gamma=1.0)
@@ -1673,7 +1674,7 @@ def test_a_bdd100k_folder_is_read_and_what_is_broken_is_named(bdd, tmp_path):
 
 def relabelled(root, change):
     """Each record of train changed by change(record)."""
-    listed = json.loads((root / TRAIN).read_text())
+    listed = stored(root / TRAIN)
     (root / TRAIN).write_text(json.dumps([change(record) for record in listed]))
 
 
@@ -2044,7 +2045,7 @@ def test_only_torchrun_starts_several_processes(monkeypatch):
     for name, value in dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4").items():
         monkeypatch.setenv(name, value)
     assert train.processes() == (0, 1, 0)
-    assert train.join_processes(torch.device("cpu")) == torch.device("cpu")
+    assert train.join_processes(CPU) == CPU
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert train.processes() == (3, 4, 1)
 
@@ -2080,7 +2081,7 @@ def test_golden_losses_of_a_batch(tmp_path, attention):
     """Of 3 made-up pictures and weights of numpy's generator: the same on every machine."""
     cfg = made_up(tmp_path, batch_size=3, grad_accum=2, attention=attention, entropy_weight=0.1, label_smoothing=0.1,
                   focal_gamma=1.0, yes_weight=1.5, tag_weight=0.5, contrast_weight=0.1)
-    data, rng = train.Data(cfg, prepare.load_meta(cfg), "train"), np.random.default_rng(0)
+    data, rng = training_data(cfg), np.random.default_rng(0)
     model, tagger = VLM(cfg, len(data.tokenizer)), model_file.WordTagger(32, len(train.TAGS))
     with torch.no_grad():
         for p in [*model.parameters(), *tagger.parameters()]:
@@ -2119,7 +2120,7 @@ def test_two_processes_go_on_as_one_would(tmp_path, monkeypatch):
         for name, value in one.items():   # a validation uses statistics of norms, which each process gathers alone
             rel = 2e-3 if name in ("val_loss", "attention_entropy") else 1e-5
             assert value == both[name] or float(value) == pytest.approx(float(both[name]), rel=rel), name
-    assert json.loads((Path(two.out_dir) / "train.json").read_text())["test_accuracy"] == alone["test_accuracy"]
+    assert stored(Path(two.out_dir) / "train.json")["test_accuracy"] == alone["test_accuracy"]
 
 
 # ---- another device, without one ----
@@ -2197,7 +2198,7 @@ class Pretence(TorchDispatchMode):
             Pretence.sent += sum(tensor.nbytes for tensor in here)
         held = [tree_map(lambda x: x.held if isinstance(x, Elsewhere) else x, each) for each in (args, kwargs)]
         if "device" in kwargs:
-            held[1]["device"] = torch.device("cpu")
+            held[1]["device"] = CPU
         result = op(*held[0], **held[1])
         if target.type == "cpu":
             return result
@@ -2207,13 +2208,13 @@ class Pretence(TorchDispatchMode):
 
 def updates_on(cfg, device, count=2):
     """The run, losses and norms of updates of both stages there; bytes and waits are counted of the last."""
-    data = train.Data(cfg, prepare.load_meta(cfg), "train")
+    data = training_data(cfg)
     torch.manual_seed(0)
     run, found = train.Run(cfg, data, device), []
     for i in range(2 * count):
         micros = data.micro_batches(i)
         Pretence.waits, Pretence.sent = [], 0
-        found.append(run.update(micros, i >= count, train.Clock(torch.device("cpu")))[:2])
+        found.append(run.update(micros, i >= count, train.Clock(CPU))[:2])
     return run, found
 
 
@@ -2227,7 +2228,7 @@ def test_another_device_is_sent_bytes_and_waited_for_once_an_update(tmp_path, ch
         assert len(Pretence.waits) == 1, Pretence.waits
         assert Pretence.sent == sum(tensor.nbytes for micro in micros for tensor in vars(micro).values())
         assert {p.device for p in there.model.parameters()} == {THERE}
-    here, wanted = updates_on(cfg, torch.device("cpu"))
+    here, wanted = updates_on(cfg, CPU)
     np.testing.assert_allclose(found, wanted, rtol=2e-5)
     assert micros[0].pictures.nbytes * 4 == micros[0].images.nbytes
 
@@ -2261,18 +2262,15 @@ def test_another_device_answers_and_looks_as_the_cpu(subject, tested, drawn, mon
 
 def test_the_pretended_device_sees_what_a_real_one_would_refuse():
     """Faults that nothing on a CPU would show."""
-    model, images, tokens = tiny(), pictures(2), words(2, 6)
     with Pretence():
-        model.to(THERE)
-        images, tokens = images.to(THERE), tokens.to(THERE)
+        there = words(4).to(THERE)
         with pytest.raises(TypeError, match="cpu"):
-            model(images, tokens).detach().numpy()
-        Pretence.waits.clear()
-        tokens[tokens > 5]
-        assert len(Pretence.waits) == 1
-        model.decoder.cos = model.decoder.cos.cpu()
+            there.numpy()
         with pytest.raises(RuntimeError, match="two devices"):
-            model(images, tokens)
+            there + words(4)
+        Pretence.waits.clear()
+        there[there > 5]
+        assert len(Pretence.waits) == 1
 
 
 # ---- a GPU, where there is one: python -m pytest test_model.py -k cuda ----
@@ -2343,16 +2341,16 @@ def test_compile_takes_the_encoder_and_the_decoder(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     cfg = made_up(tmp_path)
-    data = train.Data(cfg, prepare.load_meta(cfg), "train")
+    data = training_data(cfg)
     for wish in (False, True):
-        run = train.Run(changed(cfg, compile=wish), data, torch.device("cpu"))
+        run = train.Run(changed(cfg, compile=wish), data, CPU)
         assert compiled == [run.model.vision, run.model.decoder] * wish
 
 
 def test_memory_is_not_known_where_the_system_does_not_say(monkeypatch):
-    assert train.peak_memory(torch.device("cpu")) > 1
+    assert train.peak_memory(CPU) > 1
     monkeypatch.setitem(sys.modules, "resource", None)      # as on Windows
-    assert math.isnan(train.peak_memory(torch.device("cpu")))
+    assert math.isnan(train.peak_memory(CPU))
 
 
 def test_attention_entropy_by_hand_and_its_gradient_where_a_weight_vanishes():
@@ -2364,43 +2362,34 @@ def test_attention_entropy_by_hand_and_its_gradient_where_a_weight_vanishes():
     assert scores.grad.isfinite().all() and (scores.grad[2] == 0).all()
 
 
-def test_tensorboard_is_told_the_graph_numbers_confusion_and_where_it_looked(drawn, tmp_path, monkeypatch):
-    told = {}
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            told["folder"] = folder
-
-        def add(self, name, value, step):
-            told.setdefault(name, []).append((step, value))
-        add_scalar = add_text = add_image = add
-
-        def add_graph(self, model, inputs):
-            told["graph"] = model(*inputs).shape
-
-        def close(self):
-            told["closed"] = True
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+def test_tensorboard_is_told_the_graph_numbers_confusion_and_where_it_looked(drawn, lexicon, tmp_path, monkeypatch):
+    writer = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     cfg = small_run(drawn, tmp_path, tensorboard=True, see_pictures=8, read_pictures=16, eval_every=8, log_every=8)
     train.train(cfg)
-    assert dict(told["loss"]) == pytest.approx(log_losses(tmp_path), rel=1e-6)
-    assert [step for step, _ in told["lr"]] == [2, 4, 6] and cfg.lr != cfg.lr_vision
-    for step, rate in told["lr"]:                           # of the part that learns
-        assert rate == pytest.approx((cfg.lr if step > 2 else cfg.lr_vision) * train.lr_scale(step - 1, cfg))
-    (step, picture), (_, asked) = told["where it looked"][-2:]
+    writer.assert_called_once_with(str(tmp_path))
+    board = writer.return_value
+    told = {}
+    for name, value, step in (call.args for call in board.add_scalar.call_args_list):
+        told.setdefault(name, {})[step] = value
+    assert told["loss"] == pytest.approx(log_losses(tmp_path), rel=1e-6)
+    assert told["lr"] == pytest.approx({                    # of the part that learns
+        step: peak * train.lr_scale(step - 1, cfg) for step, peak in ((2, cfg.lr_vision), (4, cfg.lr), (6, cfg.lr))})
+    model, inputs = board.add_graph.call_args.args
+    assert model(*inputs).shape == (1, cfg.row_tokens, len(lexicon))
+    _, picture, step = board.add_image.call_args.args
+    confusion, asked = (call.args[1] for call in board.add_text.call_args_list[-2:])
     assert step == 6 and picture.shape == (3, cfg.image_height, asked.count("?") * cfg.image_width)
-    model, *_ = train.load_model(changed(cfg, checkpoint=str(tmp_path / "last.pt")))
+    last, *_ = train.load_model(changed(cfg, checkpoint=str(tmp_path / "last.pt")))
     data = train.Data(cfg, drawn.meta, "val")
-    rows, odds = train.predict(model, data, cfg, torch.float32, cfg.eval_items)
+    rows, odds = train.predict(last, data, cfg, torch.float32, cfg.eval_items)
     truth = data.index[rows, 3] == 1
-    right_yes, wrong_yes, wrong_no, right_no = map(int, re.findall(r"\d+", told["confusion"][-1][1]))
-    assert (right_yes, wrong_no) == ((truth & (odds > 0)).sum(), (~truth & (odds > 0)).sum())
-    shares = right_yes / (right_yes + wrong_yes), right_no / (right_no + wrong_no)
-    assert told["val_accuracy"][-1][1] == pytest.approx(np.mean(shares))
+    assert list(map(int, re.findall(r"\d+", confusion))) == [
+        (own & said).sum() for own in (truth, ~truth) for said in (odds > 0, odds <= 0)]
+    assert told["val_accuracy"][6] == pytest.approx(train.balanced_accuracy(truth, odds))
     loss = np.log1p(np.exp(np.where(truth, -odds, odds))).mean()
-    assert told["val_loss"][-1][1] == pytest.approx(loss, rel=1e-4)
-    assert told["graph"] == (1, cfg.row_tokens, len(data.tokenizer))
-    assert told["folder"] == str(tmp_path) and told["closed"]
+    assert told["val_loss"][6] == pytest.approx(loss, rel=1e-4)
+    board.close.assert_called_once()
 
 
 def test_pictures_are_lit_where_the_question_looked(lexicon):
@@ -2423,10 +2412,8 @@ def test_pictures_are_lit_where_the_question_looked(lexicon):
 
 
 def test_lengths_are_counted_in_pictures():
-    cfg = changed(DEFAULTS, batch_size=16, grad_accum=1, see_pictures=100, read_pictures=320)
-    assert [train.updates(cfg, n) for n in (1, 16, 17)] == [1, 1, 2]
-    assert train.updates(changed(cfg, grad_accum=2), 320) == 10
-    assert train.see_updates(cfg) == 7 and train.all_updates(cfg) == 27
+    cfg = changed(DEFAULTS, batch_size=8, grad_accum=2, see_pictures=97, read_pictures=320)
+    assert (train.see_updates(cfg), train.all_updates(cfg)) == (7, 27)
     assert train.see_updates(changed(cfg, tag_weight=0.0)) == 0
 
 
@@ -2449,7 +2436,7 @@ def test_learning_rate_warms_up_and_decays_in_each_stage():
 def test_each_part_has_a_learning_rate_of_its_own():
     model, tagger = tiny(), model_file.WordTagger(32, 5)
     cfg = changed(DEFAULTS, lr=1e-3, lr_vision=2e-3, lr_projection=3e-3)
-    groups = train.make_optimizer(model, tagger, cfg, torch.device("cpu")).param_groups
+    groups = train.make_optimizer(model, tagger, cfg, CPU).param_groups
     peaks = {id(p): group["peak"] for group in groups for p in group["params"]}
     for part, peak in ((model.vision, 2e-3), (tagger, 2e-3), (model.projection, 3e-3), (model.decoder, 1e-3)):
         assert {peaks[id(p)] for p in part.parameters()} == {peak}
@@ -2476,7 +2463,7 @@ def test_balanced_accuracy_by_hand():
 def test_training_ends_with_the_test_score_of_its_best_checkpoint(drawn, tmp_path):
     cfg = small_run(drawn, tmp_path, read_pictures=20, eval_every=8)
     result = train.train(cfg)
-    assert json.loads((tmp_path / "train.json").read_text())["steps"] == result["steps"] == 5
+    assert stored(tmp_path / "train.json")["steps"] == result["steps"] == 5
     wished = changed(DEFAULTS, out_dir=str(tmp_path), device="cpu", data_dir=drawn.cfg.data_dir)
     model, found, spoken, *_ = train.load_model(wished)
     assert found.vision_dim == 32 and found.data_dir == drawn.cfg.data_dir and not model.training
@@ -2496,7 +2483,7 @@ def trained(tmp_path_factory):
 
 def test_the_best_checkpoints_are_kept(trained, tmp_path):
     cfg = changed(trained, save_top=2, out_dir=str(tmp_path))
-    run = train.Run(cfg, train.Data(cfg, prepare.load_meta(cfg), "train"), torch.device("cpu"))
+    run = train.Run(cfg, training_data(cfg), CPU)
     for run.step, accuracy in enumerate((0.6, 0.7, 0.5, 0.65, math.nan), 1):
         run.keep(accuracy)
         state = train.load_checkpoint(tmp_path / "last.pt")
@@ -2546,14 +2533,14 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(trained, tmp_path):
 
 
 def test_training_starts_from_the_weights_of_another_run(trained, tmp_path, capsys):
-    best = Path(trained.out_dir) / "best.pt"
+    best = best_of(trained)
     start = changed(trained, out_dir=str(tmp_path), init_from=str(best), seed=5)
-    data = train.Data(start, prepare.load_meta(start), "train")
-    run, state = train.Run(start, data, torch.device("cpu")), train.load_checkpoint(best)
+    data = training_data(start)
+    run, state = train.Run(start, data, CPU), train.load_checkpoint(best)
     assert same(run.model.state_dict(), state["model"]) and same(run.tagger.state_dict(), state["tagger"])
     assert f"starting from {best}, trained for 2 updates on drawn scenes" in capsys.readouterr().out
     larger = changed(start, image_width=64, image_height=48)
-    larger = train.Run(larger, data, torch.device("cpu")).model.vision.positions
+    larger = train.Run(larger, data, CPU).model.vision.positions
     assert torch.equal(larger, train.resize_positions(state["model"]["vision.positions"], (4, 4), (6, 8)))
     side = torch.arange(4.0)
     column_and_row = torch.stack((side.repeat(4), side.repeat_interleave(4)), -1)           # (16, 2)
@@ -2564,7 +2551,7 @@ def test_training_starts_from_the_weights_of_another_run(trained, tmp_path, caps
 
 def test_a_lora_run_leaves_the_weights_learns_resumes_and_exports(trained, tmp_path):
     best, file, out = tmp_path / "start.pt", tmp_path / "a model.pt", tmp_path / "out"
-    shutil.copy(Path(trained.out_dir) / "best.pt", best)
+    shutil.copy(best_of(trained), best)
     base = train.load_checkpoint(best)["model"]
     cfg = changed(trained, out_dir=str(out), init_from=str(best), lora_rank=2, eval_every=8, freeze_pictures=8,
                   warmup_pictures=0, schedule="constant")
@@ -2601,7 +2588,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(t
     state, bad = train.load_checkpoint(out / "last.pt"), torch.load(out / "bad_batch.pt", weights_only=True)
     assert state["step"] == bad["step"] == 2 and bad["position"] == 2 * 2 * 4 and math.isnan(bad["loss"])
     assert all(torch.equal(p, state["model"][name]) for name, p in models[0].named_parameters())
-    data = train.Data(cfg, prepare.load_meta(cfg), "train")
+    data = training_data(cfg)
     for micro, position in zip(bad["micro_batches"], (16, 20), strict=True):
         assert same(micro, vars(data.batch(position, 4)))
 
@@ -2814,8 +2801,8 @@ def test_entropy_and_distances_of_maps():
     one, two = one_hot(3), one_hot(3, 4)
     assert evaluate.entropy(np.stack((one, two, np.full(16, 1 / 16)))) == pytest.approx([0, math.log(2), math.log(16)])
     found = evaluate.distances(np.stack((one, one)), np.stack((two, one)))
-    # From their middle, 3/4 and 1/4, the first is ln 4/3 away and the second ln 4/3 half and ln 2.
-    wanted = dict(js=math.log(4 / 3) * 3 / 4 + math.log(1 / 2) / 4 + math.log(2) / 2, l2=0.5 ** 0.5, cosine=0.5 ** 0.5)
+    # From their middle, 3/4 and 1/4, the first is ln 4/3 away, and the second (ln 2/3 + ln 2) / 2, half as much.
+    wanted = dict(js=math.log(4 / 3) * 3 / 4, l2=0.5 ** 0.5, cosine=0.5 ** 0.5)
     assert {name: value[0] for name, value in found.items()} == pytest.approx(wanted)
     assert {name: value[1] for name, value in found.items()} == pytest.approx(dict(js=0, l2=0, cosine=1))
 
@@ -3172,7 +3159,7 @@ FEW = dict(sample_items=80, probe_items=8, head_items=40, bootstrap=50)
 def evaluated(drawn, tmp_path_factory):
     """(cfg, page): an untrained model, compared with itself."""
     cfg = save_untrained(small_run(drawn, tmp_path_factory.mktemp("page"), **FEW), drawn.meta)
-    return cfg, evaluate.evaluate(changed(cfg, against=str(Path(cfg.out_dir) / "best.pt")), blind_steps=3)
+    return cfg, evaluate.evaluate(changed(cfg, against=best_of(cfg)), blind_steps=3)
 
 
 def test_the_page_is_what_is_written(evaluated):
@@ -3268,7 +3255,7 @@ def test_what_is_missing_is_shown_without_a_value_and_a_fresh_process_writes_the
     printed = capsys.readouterr().out
     for words in ("| - state | - | 0 |", "precision", "wrong answers; the first"):
         assert words in printed, words
-    best = str(Path(bare.out_dir) / "best.pt")
+    best = best_of(bare)
     code = "import config, evaluate; config.run(lambda cfg: evaluate.evaluate(cfg, blind_steps=3), '')"
     flags = dict(FEW, checkpoint=best, out_dir=tmp_path, data_dir=bare.data_dir, device="cpu", dtype="float32",
                  workers=1)
@@ -3282,8 +3269,8 @@ def test_what_is_missing_is_shown_without_a_value_and_a_fresh_process_writes_the
 def test_a_model_is_asked_about_other_data_by_the_rules_of_these_data(bare, tmp_path, capsys):
     subject = evaluate.Subject(bare)
     assert subject.take_data()["hash"] == subject.state["data_hash"] and not capsys.readouterr().out
-    meta = json.loads((Path(bare.data_dir) / "meta.json").read_text())
-    other = changed(bare, data_dir=str(tmp_path), checkpoint=str(Path(bare.out_dir) / "best.pt"))
+    meta = stored(Path(bare.data_dir) / "meta.json")
+    other = changed(bare, data_dir=str(tmp_path), checkpoint=best_of(bare))
     stricter = dict(meta["settings"], min_pixels=9.5)
     (tmp_path / "meta.json").write_text(json.dumps(dict(meta, hash="x", settings=stricter)))
     subject = evaluate.Subject(other)
@@ -3296,7 +3283,7 @@ def test_a_model_is_asked_about_other_data_by_the_rules_of_these_data(bare, tmp_
 def test_what_cannot_be_evaluated_is_one_line_that_helps(bare, drawn, tmp_path, capsys):
     here = changed(bare, out_dir=str(tmp_path))
     save_untrained(here, drawn.meta, "words.pt", known=commands.vocabulary()[:-1])
-    best, words_differ = str(Path(bare.out_dir) / "best.pt"), str(tmp_path / "words.pt")
+    best, words_differ = best_of(bare), str(tmp_path / "words.pt")
     for change, *says in [
             (dict(checkpoint=words_differ), "vocabulary is not that of the data", "train again", "--data_dir"),
             (dict(checkpoint=best, split="ood"), "ood split in ", "data holds no questions"),
@@ -3792,7 +3779,7 @@ def test_a_loop_that_was_interrupted_resumes_and_a_failure_is_a_row(drawn, tmp_p
     assert ablate.ablate(cfg) == table and started == [("prefix-1337", False)], "only what failed is tried again"
     assert [row["seeds"] for row in table["rows"]] == [[1337], [1337], []]
     assert "no luck" in table["rows"][2]["failed"] and (tmp_path / "table.md").exists()
-    assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8")) == table
+    assert stored(tmp_path / "table.json") == table
 
 
 # ---- robustness ----
@@ -3861,7 +3848,7 @@ def test_robustness_writes_every_study(subject, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "WEATHERS", prepare.WEATHERS[:2])
     monkeypatch.setattr(ablate, "AMOUNTS", {change: amounts[:2] for change, amounts in ablate.AMOUNTS.items()})
     monkeypatch.setattr(ablate, "ATTACK", (1, 16))
-    out, best = tmp_path / "not" / "there yet", str(Path(subject.cfg.out_dir) / "best.pt")
+    out, best = tmp_path / "not" / "there yet", best_of(subject.cfg)
     page = ablate.robustness(changed(subject.cfg, checkpoint=best, out_dir=str(out), probe_items=8, dpi=40))
     studies = Counter(row["study"] for row in page["rows"])
     studies.pop("occlusion", None)                          # which needs right answers YES
@@ -3873,7 +3860,7 @@ def test_robustness_writes_every_study(subject, tmp_path, monkeypatch):
     text = (out / "robustness.md").read_text(encoding="utf-8")
     assert text.count("| noise ") == 2 and re.search(r"\| FGSM 16 \| 1\d\.\d \|", text)
     assert (out / "robustness.png").exists()
-    assert json.loads((out / "robustness.json").read_text(encoding="utf-8")) == page
+    assert stored(out / "robustness.json") == page
 
 
 # ---- speed and learning rates ----
@@ -3883,7 +3870,7 @@ def test_bench_measures_both_stages_and_saves_nothing_else(tmp_path):
     found = ablate.bench(cfg)
     see, read, schedule = (found[stage] for stage in ("see", "read", "schedule"))
     assert [path.name for path in Path(cfg.out_dir).iterdir()] == ["bench.json"]
-    assert json.loads((Path(cfg.out_dir) / "bench.json").read_text()) == found
+    assert stored(Path(cfg.out_dir) / "bench.json") == found
     for row in (see, read, schedule):
         assert all(0 < row[f"ms_{part}"] < row["ms"] for part in ablate.PARTS)
         assert 0 < row["wait_share"] < 1 and 0 < row["share_of_peak"] < 1
@@ -3900,7 +3887,7 @@ def test_the_learning_rate_range_is_passed_through_until_the_loss_doubles():
             loss, = {loss_at(round(group["lr"] / group["peak"], 9)) for group in groups}
             return loss, 1.0, math.isfinite(loss)
         run = SimpleNamespace(update=update, optimizer=SimpleNamespace(param_groups=groups), cfg=DEFAULTS,
-                              device=torch.device("cpu"), data=SimpleNamespace(micro_batches=lambda *where: []))
+                              device=CPU, data=SimpleNamespace(micro_batches=lambda *where: []))
         return ablate.rising_rates(run, True)
     found = rates(lambda scale: 4.5 if 1 < scale < 1.06 else 2.0)                 # at one update
     assert found["scale"] == pytest.approx(np.geomspace(1e-3, 10, 150).tolist()), "a mean forgives one bad update"
@@ -3914,5 +3901,5 @@ def test_rates_are_suggested_for_both_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "STEPS", 8)
     cfg = made_up(tmp_path, see_pictures=16, read_pictures=16, dpi=40)
     found, out = ablate.lr_range(cfg), Path(cfg.out_dir)
-    assert list(found) == ["see", "read"] and json.loads((out / "lr_range.json").read_text()) == found
+    assert list(found) == ["see", "read"] and stored(out / "lr_range.json") == found
     assert (out / "lr_range.png").exists() and "--lr_vision=" in (out / "lr_range.md").read_text(encoding="utf-8")
