@@ -4,7 +4,6 @@ Every test fails if the thing it names breaks. Sections: helpers; model; setting
 data; training; evaluation; answering; ablations.
 """
 import base64
-import copy
 import csv
 import gzip
 import itertools
@@ -25,6 +24,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -46,13 +46,14 @@ import visualize
 from commands import CATEGORIES, UNSURE, FALSE, QUESTIONS, TRUE, Question, View, check_reason, question_of
 from config import UserError
 from config import with_changes as changed
-from model import VLM, Attention, RMSNorm, as_rows, ends, positions, rope_tables, rotate, row_mask
+from model import VLM, Attention, as_rows, ends, positions, rope_tables, row_mask
 from tokenizer import Tokenizer
 
 TINY = dict(image_width=32, image_height=32, patch_size=8, stem_width=8, vision_dim=32, vision_layers=2, vision_heads=2,
             vision_ffn_dim=64, text_dim=32, text_layers=2, text_heads=4, text_kv_heads=2, text_head_dim=8,
             text_ffn_dim=48, max_text=24)
 V = 50           # words of the tiny vocabulary
+CPU = torch.device("cpu")
 
 
 def tiny(**changes):
@@ -157,6 +158,11 @@ def as_pixels(images, data):
     return (images.numpy().transpose(0, 2, 3, 1) * data.std + data.mean) * 255
 
 
+def stored(path):
+    """What a file of JSON holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def logged(out):
     """The rows of log.csv without times and memory."""
     measured = ("ms", "pictures_per_s", "pairs_per_s", "wait_share", "memory_mb", "seconds")
@@ -209,6 +215,14 @@ def made_up(root, **changes):
     return cfg
 
 
+def training_data(cfg):
+    return train.Data(cfg, prepare.load_meta(cfg), "train")
+
+
+def best_of(cfg):
+    return str(Path(cfg.out_dir) / "best.pt")
+
+
 def same(a, b):
     """Whether two nests of dicts and lists are equal, their tensors to the bit."""
     if isinstance(a, torch.Tensor):
@@ -224,14 +238,6 @@ def last_of(cfg):
     """What last.pt holds but for the settings, which may differ in out_dir and resume."""
     state = train.load_checkpoint(Path(cfg.out_dir) / "last.pt")
     return {k: v for k, v in state.items() if k != "config"}
-
-
-class Killed(BaseException):
-    """The end of a process, which nothing catches."""
-
-
-def killed(*_):
-    raise Killed
 
 
 def wordings(question, paraphrase, tries=12):
@@ -374,19 +380,14 @@ def test_the_conv_stem_sees_each_patch_from_its_middle(patch):
 
 # ---- model: rows of commands ----
 def test_rows_by_hand():
-    tokens, segment = as_rows([[[7, 8, 9], [10, 11]], [[12, 13]]], 6)
-    assert tokens.tolist() == [[7, 8, 9, 10, 11, 0], [12, 13, 0, 0, 0, 0]]
-    assert segment.tolist() == [[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]]
     assert as_rows([[[7] * 5, [8] * 4], [[9]]])[0].shape == (2, 16), "without a length, the next multiple of 8"
+    segment = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]])
     assert positions(segment).tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0]]
     assert positions(torch.tensor([[0, 0, 1, 1, 1]])).tolist() == [[0, 0, 0, 1, 2]], "padded on the left"
     assert ends(segment).nonzero().tolist() == [[0, 2], [0, 4], [1, 1]]
     assert ends(segment[1:, :2]).tolist() == [[False, True]], "a row without padding"
-    mask = row_mask(segment)
-    assert mask.unique().tolist() == [-math.inf, 0]
-    seen = ["".join("x" if ok else "." for ok in row) for row in mask[0, 0] == 0]
+    seen = ["".join("x" if ok else "." for ok in row) for row in row_mask(segment)[0, 0] == 0]
     assert seen == ["x.....", "xx....", "xxx...", "...x..", "...xx.", ".....x"]
-    assert torch.equal(row_mask(segment, 2), mask[:, :, -2:]), "the newest words ask, the others are in the cache"
 
 
 @pytest.mark.parametrize("length", [None, 24])
@@ -463,42 +464,9 @@ def test_loss_equals_cross_entropy_on_all_logits():
     model, images = tiny(), pictures(2)
     tokens, segment = as_rows([texts(4, 7), texts(2, 6)])
     targets = torch.where((tokens != 0) & (words(2, 16, seed=5) % 2 == 0), words(2, 16, seed=6), -100)
-    learned = targets >= 0
-    assert 3 < learned.sum() < 18
+    assert 3 < (targets >= 0).sum() < 18
     logits = model(images, tokens, segment)
-    close(model(images, tokens, segment, targets),
-          F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100))
-    total = model.decode(model.encode(images), tokens, segment, targets,
-                         loss_fn=lambda found, goal: (found.logsumexp(-1) * goal).sum())
-    close(total, (logits.logsumexp(-1) * targets)[learned].sum())
-
-
-@pytest.mark.filterwarnings("error")
-def test_contrastive_loss():
-    """Of each picture with the longest of its commands, read after its last word."""
-    model, images = tiny(contrast_weight=0.1), pictures(3)
-    prompts = [texts(4, 6), texts(5, 2, 3, seed=10), texts(7, seed=20)]
-    vision = model.encode(images)
-    loss = model.contrastive_loss(vision, *as_rows(prompts))
-    longest = [max(own, key=len) for own in prompts]
-    hidden = torch.stack([model.decoder(*as_rows([[ids]], len(ids)))[0, -1] for ids in longest])
-    logits = 10 * F.cosine_similarity(vision.mean(1)[:, None], hidden[None], dim=-1) - 10
-    want = sum(-F.logsigmoid(logits[i, j] if i == j else -logits[i, j]) for i in range(3) for j in range(3)) / 3
-    close(loss, want)
-    loss.backward()
-    assert all(p.grad.any() for p in model.contrast.values())
-
-
-def test_freezing():
-    model, images, tokens = tiny(), pictures(2), words(2, 5)
-    for part in ("vision", "projection", "decoder"):
-        model.zero_grad()
-        model.freeze(part)
-        model(images, tokens, targets=tokens).backward()
-        for name, p in model.named_parameters():
-            assert (p.grad is None or not p.grad.any()) == name.startswith(part), name
-        model.freeze(part, on=False)
-    assert all(p.requires_grad for p in model.parameters())
+    close(model(images, tokens, segment, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
 def test_dropout_only_in_training():
@@ -510,33 +478,22 @@ def test_dropout_only_in_training():
     assert model.training, "generate leaves the mode as it was"
 
 
-def test_lora_starts_as_the_model_learns_alone_and_merges():
+def test_lora_starts_as_the_model_and_merges():
     model, images, tokens = tiny(), pictures(2), words(2, 7)
-    before = model(images, tokens)
-    frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before, names = model(images, tokens), list(model.state_dict())
     layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     model.add_lora(2)
     assert torch.equal(model(images, tokens), before)
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(learning) == {f"{name}.{part}.weight" for name in layers for part in ("reduce", "expand")}
-    for on in (True, False):
-        model.freeze("vision", on)
-        assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-            n for n in learning if not (on and n.startswith("vision"))}, "a frozen weight must not wake up"
-    optimizer = torch.optim.SGD(learning.values(), 0.05)
-    for _ in range(2):                    # at the first step only half of the weights have a gradient
-        optimizer.zero_grad()
-        model(images, tokens, targets=tokens).backward()
-        optimizer.step()
-    assert all(p.grad.any() for p in learning.values())
+    for name, p in learning.items():
+        assert 2 in p.shape, name
+        torch.nn.init.normal_(p, std=0.1)
     tuned = model(images, tokens)
+    assert (tuned - before).abs().max() > 0.1
     model.merge_lora()
     close(model(images, tokens), tuned)
-    merged = model.state_dict()
-    assert list(merged) == list(frozen) and all(p.requires_grad for p in model.parameters())
-    for name, weight in merged.items():
-        rank = 0 if torch.equal(weight, frozen[name]) else torch.linalg.matrix_rank(weight - frozen[name], rtol=1e-3)
-        assert rank in ((1, 2) if name.removesuffix(".weight") in layers else (0,)), name
+    assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
 
 
 # ---- model: generation ----
@@ -596,43 +553,13 @@ def test_parameter_counts():
         assert sum(p.numel() for p in model.parameters()) < 50e6, preset
 
 
-def test_initial_sizes():
-    torch.manual_seed(0)
-    cfg = config.from_args([], image_width=64, image_height=64)
-    model = VLM(cfg, 300)
-    block = model.decoder.blocks[0]
-    for weight, size in ((block.attn.q.weight, 128), (block.ffn.down.weight, 256 * 3 * cfg.text_layers),
-                         (model.decoder.embedding.weight, 128)):
-        assert weight.std().item() == pytest.approx(size ** -0.5, rel=0.02)
-    features = model.features(pictures(2, 64))
-    assert 0.2 < features["stem"].std() < 2
-    close(features["block0"], features["stem"] + model.vision.positions)      # blocks start as the identity
-
-
-def test_overfits_one_batch():
-    model, images = tiny().train(), pictures(4)
-    tokens = words(4, 8)
-    tokens[:, :4] = words(4, seed=9)                      # the same command: only the picture tells the answers apart
-    targets = F.pad(tokens[:, 4:], (3, 1), value=-100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        loss = model(images, tokens, targets=targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if loss < 0.05:
-            break
-    assert loss < 0.05
-    assert model(torch.zeros_like(images), tokens, targets=targets) > 0.5, "without its picture no answer can be known"
-
-
 @pytest.mark.parametrize("attention", ["auto", "fast"])
 def test_bfloat16_autocast(attention):
     model, images = tiny(attention=attention).train(), pictures(2)
     tokens, segment = as_rows([texts(4, 7), texts(2, 6)])
     targets = torch.where(tokens != 0, tokens, -100)
     exact = model(images, tokens, segment, targets)
-    with model_file.autocast(torch.bfloat16, torch.device("cpu")):
+    with model_file.autocast(torch.bfloat16, CPU):
         loss = model(images, tokens, segment, targets)
         said = model.generate(model.encode(images), left_padded(texts(4, 7)), 4, beam=2)
     loss.backward()
@@ -641,7 +568,7 @@ def test_bfloat16_autocast(attention):
 
 
 def test_pick_device(monkeypatch):
-    assert model_file.pick_device(changed(DEFAULTS, device="cpu")) == torch.device("cpu")
+    assert model_file.pick_device(changed(DEFAULTS, device="cpu")) == CPU
     for wish in ("cuda:99", "mps:7", "toaster"):
         refuses(lambda: model_file.pick_device(changed(DEFAULTS, device=wish)), wish)
     current = []
@@ -666,6 +593,23 @@ def test_pick_dtype_by_what_the_device_computes(tmp_path, monkeypatch, device, d
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: units)
     monkeypatch.setattr(model_file, "Path", lambda name: flags)
     assert str(model_file.pick_dtype(changed(DEFAULTS, dtype=dtype), torch.device(device))[0]) == f"torch.{picked}"
+
+
+def test_overfits_one_batch():
+    model, images = tiny().train(), pictures(4)
+    tokens = words(4, 8)
+    tokens[:, :4] = words(4, seed=9)                      # the same command: only the picture tells the answers apart
+    targets = F.pad(tokens[:, 4:], (3, 1), value=-100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = model(images, tokens, targets=targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.05:
+            break
+    assert loss < 0.05
+    assert model(torch.zeros_like(images), tokens, targets=targets) > 0.5, "without its picture no answer can be known"
 
 
 # ---- model: parity with Hugging Face, where transformers is installed ----
@@ -914,7 +858,7 @@ def test_the_vocabulary_has_200_to_500_words_and_all_that_is_ever_written(lexico
     texts |= {item["reason"] for items in drawn.items.values() for item in items}
     written = " ".join({word for text in texts for word in text.split()})
     assert "{" not in written and tokenizer.UNK not in lexicon.encode(written)
-    assert json.loads(Path(drawn.cfg.data_dir, "vocab.json").read_text(encoding="utf-8")) == lexicon.words
+    assert stored(Path(drawn.cfg.data_dir) / "vocab.json") == lexicon.words
     assert 200 <= len(lexicon) <= 500
 
 
@@ -1252,21 +1196,18 @@ def test_a_scene_is_the_same_for_its_name_and_seed_and_its_labels_belong_to_what
     assert len(checked) >= 9
 
 
-def test_twins_are_one_edit_that_flips_the_answer_and_one_that_keeps_it(drawn):
-    cfg, kinds = drawn.cfg, set()
-    twins = list(prepare.json_lines(Path(cfg.data_dir, "twins.jsonl")))
-    assert len(twins) == sum(item["answer"] is not None for item in drawn.items["test"])
-    assert sum(twin["flip"] is not None for twin in twins) > 0.7 * len(twins)
-    for twin in twins:
-        item = drawn.items["test"][twin["item"]]
-        spec = prepare.sample_scene(Path(drawn.frames[item["picture"]]["name"]).stem, cfg)
-        for wished, edit in ((not item["answer"], twin["flip"]), (item["answer"], twin["neutral"])):
-            if edit:
-                view = View(prepare.scene_frame(prepare.apply_edit(spec, edit), cfg), cfg)
-                assert question_of(item).truth(view) == (TRUE if wished else FALSE), (item, edit)
-                assert len(edit["remove"]) <= 1 and len(edit["add"]) <= 1
-                kinds.add(edit["kind"])
+def test_twins_are_one_edit_that_flips_the_answer_and_one_that_keeps_it(tested):
+    kinds = set()
+    assert len(tested.twins("flip")) > 0.7 * len(tested.rows)
+    for twin, flips in (("flip", True), ("neutral", False)):
+        for i, edit in tested.twins(twin):
+            view = View(prepare.scene_frame(prepare.apply_edit(tested.spec(i), edit), tested.cfg), tested.cfg)
+            assert tested.questions[i].truth(view) == (TRUE if tested.truth[i] != flips else FALSE), (i, edit)
+            assert len(edit["remove"]) <= 1 and len(edit["add"]) <= 1
+            kinds.add(edit["kind"])
     assert kinds == {"remove", "add", "move", "recolour"}
+    same = evaluate.draw_twin((tested.spec(0), dict(remove=[], add=[]), tested.cfg))
+    assert np.array_equal(same, tested.pixels(0)), "a twin is drawn from its scene"
 
 
 def test_traffic_keeps_to_the_right_in_its_lanes_and_no_pole_stands_on_the_road():
@@ -1298,35 +1239,21 @@ def hours_and_weathers(name):
             for weather in prepare.WEATHERS for hour in prepare.TIMES}
 
 
-def touched(spec, o):
-    """Pixels that an object may touch: its box, a generous shadow, the pole of what hangs, and the blur.
-
-    In the dark, also the halo of its lamps; in rain, its mirror image below.
-    """
-    x1, y1, x2, y2 = prepare.object_box(spec, o)
-    dark, hangs = spec["timeofday"] != "daytime", o["y"] > 0
-    aside = 0.5 * dark * (y2 - y1) if hangs else 0.7 * (x2 - x1)
-    foot = prepare.project(spec, o["x"], 0, o["z"])[1]
-    below = foot if hangs else y2 + 0.2 * (x2 - x1) + 0.02
-    if spec["weather"] == "rainy":
-        below = max(below, 2 * spec["horizon"] - y1 + 0.04)
-    y1 -= 0.3 * dark * (y2 - y1)
-    # The pole of what hangs stands at the kerb.
-    aside = max(aside, hangs * spec["focal"] * (spec["right"] + 3 - o["x"]) / o["z"])
-    mask, grow = np.zeros(SHAPE[::-1], bool), 5 + 6 * dark
-    left, top, right, low = (int(v * side) for v, side in zip((x1 - aside, y1, x2 + aside, below), SHAPE + SHAPE))
-    mask[max(0, top - grow):max(0, low + grow), max(0, left - grow):max(0, right + grow)] = True
-    return mask
-
-
 @pytest.mark.parametrize("name", ["scene-000001", "scene-000004", "scene-000008"])
 def test_an_edit_leaves_the_other_pixels_alone_in_every_weather_and_at_every_hour(name):
+    """All but the object, its shadow or mirror image below, a glow around it, and the pole of what hangs."""
     for spec in hours_and_weathers(name).values():
         picture = prepare.draw_scene(spec, SHAPE)
         for i, o in enumerate(spec["objects"]):
             without = prepare.apply_edit(spec, dict(remove=[i], add=[]))
             changes = (prepare.draw_scene(without, SHAPE) != picture).any(-1)
-            assert not (changes & ~touched(spec, o)).any(), (spec["weather"], spec["timeofday"], o)
+            x1, y1, x2, y2 = np.multiply(prepare.object_box(spec, o), SHAPE + SHAPE)
+            pole = (o["y"] > 0) * SHAPE[0] * spec["focal"] * (spec["right"] + 3 - o["x"]) / o["z"]     # at the kerb
+            glow = 11 + 0.5 * (y2 - y1)
+            aside = max(0.7 * (x2 - x1), glow)
+            left, top, right = (max(0, int(edge)) for edge in (x1 - aside, y1 - glow, x2 + max(aside, pole)))
+            changes[top:, left:right] = False
+            assert not changes.any(), (spec["weather"], spec["timeofday"], o)
 
 
 PLAIN = dict(bonnet=0.0, noise=0.0, shade=0.0, blur=0, gain=1.0, tint=[1.0] * 3, gamma=1.0)
@@ -1687,7 +1614,6 @@ def test_a_bdd100k_folder_is_read_and_what_is_broken_is_named(bdd, tmp_path):
         colour = images[frame["index"], 64, 64].astype(int)
         assert abs(colour - (40 + int(name[-6:-4]), 90, 140)).max() < 6 and frame["split"] == prepare.split_of(name)
     listed[1]["labels"] += [LANE, bdd_label("spaceship", 1, 1, 90, 90), bdd_label("motor", 400, 10, 500, 90)]
-    listed[2]["labels"].append(bdd_label("traffic light", 100, 10, 130, 70, trafficLightColor="mauve"))
     listed[10] = listed[9]
     del listed[12]["name"]
     listed[13]["name"] = "\ud800.jpg"
@@ -1702,24 +1628,22 @@ def test_a_bdd100k_folder_is_read_and_what_is_broken_is_named(bdd, tmp_path):
     meta = prepare.prepare(cfg)
     assert rejected_in(out) == [
         ("train01.jpg", "label", "category 'spaceship'"), ("train01.jpg", "label", UNFIT),
-        ("train02.jpg", "colour", "unknown colour"),
         ("train09.jpg", "frame", "duplicate name"), ("", "frame", "no name"),
         *((name, "frame", "truncated or broken picture") for name in ("\\ud800.jpg", "train14.jpg")),
         ("train15.jpg", "frame", "not a picture"), ("train17.jpg", "frame", "huge picture"),
         ("train18.jpg", "frame", "wrong size"), ("train19.jpg", "frame", "missing picture")]
     assert (meta["rejected"], meta["rejected_by"]["wrong size"]) == (8, 1)
-    assert meta["labels_dropped"] == {
-        "category 'spaceship'": 1, "category 'lane'": 1, UNFIT: 1, "unknown colour": 1}
+    assert meta["labels_dropped"] == {"category 'spaceship'": 1, "category 'lane'": 1, UNFIT: 1}
     frames = frames_in(out)
     assert [frame["name"] for frame in frames] == [name for name in whole if not re.match("train1[02345789]", name)]
     for index, frame in enumerate(frames):
-        assert frame == dict(whole[frame["name"]], index=index) or frame["name"] == "train02.jpg"
+        assert frame == dict(whole[frame["name"]], index=index)
     assert (prepare.stored_images(cfg, meta) == images[[whole[frame["name"]]["index"] for frame in frames]]).all()
 
 
 def relabelled(root, change):
     """Each record of train changed by change(record)."""
-    listed = json.loads((root / TRAIN).read_text())
+    listed = stored(root / TRAIN)
     (root / TRAIN).write_text(json.dumps([change(record) for record in listed]))
 
 
@@ -1875,31 +1799,28 @@ def test_one_frame_in_every_format_is_one_record(tmp_path):
     def labels(person, colour):
         return [bdd_label(person, 10, 20, 60.5, 90, occluded=True),
                 bdd_label("traffic light", 100, 10, 130, 70, trafficLightColor=colour)]
-    where, video = dict(weather="clear", timeofday="night"), "aaaaaaaa-bbbbbbbb"
+    where, video, picture = dict(weather="clear", timeofday="night"), "aaaaaaaa-bbbbbbbb", "100k/train/a.jpg"
     old = [*labels("person", "green"), dict(category="area/drivable", poly2d=[[1, 2, "L"]])]
-    record = dict(name="a.jpg", attributes=where, labels=labels("pedestrian", "G"))
-    written = {
-        "bdd100k_labels_images_train.json": [dict(record, labels=old)],
-        "100k/train/a.json": dict(name="a", frames=[dict(timestamp=1, objects=old)], attributes=where),
-        "det_20/det_train.json": [record, dict(name="b.jpg", labels=None)],
-        f"box_track_20/train/{video}.json": [
-            dict(name=f"{video}-0000001.jpg", videoName=video, labels=labels("pedestrian", "G"))]}
+    new = labels("pedestrian", "G")
     expected = [("pedestrian", (10, 20, 60.5, 90), dict(trafficLightColor="none", occluded=True)),
                 ("traffic light", (100, 10, 130, 70), dict(trafficLightColor="green"))]
-    for i, (path, content) in enumerate(written.items()):
+    for i, (path, content, picture, attributes) in enumerate((
+            ("bdd100k_labels_images_train.json", [dict(name="a.jpg", attributes=where, labels=old)], picture, where),
+            ("100k/train/a.json", dict(name="a", frames=[dict(objects=old)], attributes=where), picture, where),
+            ("det_20/det_train.json", [dict(name="a.jpg", attributes=where, labels=new),
+                                       dict(name="b.jpg", labels=None)], picture, where),
+            (f"box_track_20/train/{video}.json", [dict(name=f"{video}-0000001.jpg", videoName=video, labels=new)],
+             f"track/train/{video}/{video}-0000001.jpg", {}))):
         root = tmp_path / str(i)
         file = root / "labels" / path
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(content))
         (file.parent / "b.json").write_text("{half")                       # one of many files costs its frame alone
         cfg = config.from_args([], source="bdd100k", bdd_dir=str(root), weather="", timeofday="")
-        (picture, split, found, problems), *others = prepare.bdd_records(cfg)
-        tracked = path.startswith("box_track")
-        assert found["attributes"] == dict.fromkeys(where, "undefined") | ({} if tracked else where) | dict(
-            scene="undefined"), path
+        (shown, split, found, problems), *others = prepare.bdd_records(cfg)
+        assert found["attributes"] == UNDEFINED | attributes, path
         assert [(o["category"], tuple(o["box2d"].values()), o["attributes"]) for o in found["labels"]] == expected, path
-        end = f"track/train/{video}/{video}-0000001.jpg" if tracked else "100k/train/a.jpg"
-        assert picture == str(root / "images" / end) and found["name"] == Path(end).name and split == "train"
+        assert shown == str(root / "images" / picture) and found["name"] == Path(picture).name and split == "train"
         assert all(what == "unused" for what, _, _ in problems)
         if "/train/" in path:
             assert [problem[:2] for problem in others[0][3]] == [("frame", "unreadable labels")]
@@ -2055,8 +1976,13 @@ def test_a_killed_run_resumes_from_its_last_save(tmp_path, monkeypatch):
     whole = changed(cfg, out_dir=str(tmp_path / "whole"))
     train.train(whole)
     replace = os.replace
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", lambda *paths: killed() if 6 in log_losses(cfg.out_dir) else replace(*paths))
+
+    def replace_or_die(*paths):
+        if 6 in log_losses(cfg.out_dir):
+            raise KeyboardInterrupt
+        replace(*paths)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace_or_die)
         train.train(cfg)
     assert last_of(cfg)["step"] == 4 and len(list(Path(cfg.out_dir).glob("*.tmp"))) == 1
     train.train(changed(cfg, resume=True))
@@ -2090,7 +2016,7 @@ def test_only_torchrun_starts_several_processes(monkeypatch):
     for name, value in dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4").items():
         monkeypatch.setenv(name, value)
     assert train.processes() == (0, 1, 0)
-    assert train.join_processes(torch.device("cpu")) == torch.device("cpu")
+    assert train.join_processes(CPU) == CPU
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert train.processes() == (3, 4, 1)
 
@@ -2126,7 +2052,7 @@ def test_golden_losses_of_a_batch(tmp_path, attention):
     """Of 3 made-up pictures and weights of numpy's generator: the same on every machine."""
     cfg = made_up(tmp_path, batch_size=3, grad_accum=2, attention=attention, entropy_weight=0.1, label_smoothing=0.1,
                   focal_gamma=1.0, yes_weight=1.5, tag_weight=0.5, contrast_weight=0.1)
-    data, rng = train.Data(cfg, prepare.load_meta(cfg), "train"), np.random.default_rng(0)
+    data, rng = training_data(cfg), np.random.default_rng(0)
     model, tagger = VLM(cfg, len(data.tokenizer)), model_file.WordTagger(32, len(train.TAGS))
     with torch.no_grad():
         for p in [*model.parameters(), *tagger.parameters()]:
@@ -2165,7 +2091,7 @@ def test_two_processes_go_on_as_one_would(tmp_path, monkeypatch):
         for name, value in one.items():   # a validation uses statistics of norms, which each process gathers alone
             rel = 2e-3 if name in ("val_loss", "attention_entropy") else 1e-5
             assert value == both[name] or float(value) == pytest.approx(float(both[name]), rel=rel), name
-    assert json.loads((Path(two.out_dir) / "train.json").read_text())["test_accuracy"] == alone["test_accuracy"]
+    assert stored(Path(two.out_dir) / "train.json")["test_accuracy"] == alone["test_accuracy"]
 
 
 # ---- another device, without one ----
@@ -2243,7 +2169,7 @@ class Pretence(TorchDispatchMode):
             Pretence.sent += sum(tensor.nbytes for tensor in here)
         held = [tree_map(lambda x: x.held if isinstance(x, Elsewhere) else x, each) for each in (args, kwargs)]
         if "device" in kwargs:
-            held[1]["device"] = torch.device("cpu")
+            held[1]["device"] = CPU
         result = op(*held[0], **held[1])
         if target.type == "cpu":
             return result
@@ -2253,13 +2179,13 @@ class Pretence(TorchDispatchMode):
 
 def updates_on(cfg, device, count=2):
     """The run, losses and norms of updates of both stages there; bytes and waits are counted of the last."""
-    data = train.Data(cfg, prepare.load_meta(cfg), "train")
+    data = training_data(cfg)
     torch.manual_seed(0)
     run, found = train.Run(cfg, data, device), []
     for i in range(2 * count):
         micros = data.micro_batches(i)
         Pretence.waits, Pretence.sent = [], 0
-        found.append(run.update(micros, i >= count, train.Clock(torch.device("cpu")))[:2])
+        found.append(run.update(micros, i >= count, train.Clock(CPU))[:2])
     return run, found
 
 
@@ -2273,7 +2199,7 @@ def test_another_device_is_sent_bytes_and_waited_for_once_an_update(tmp_path, ch
         assert len(Pretence.waits) == 1, Pretence.waits
         assert Pretence.sent == sum(tensor.nbytes for micro in micros for tensor in vars(micro).values())
         assert {p.device for p in there.model.parameters()} == {THERE}
-    here, wanted = updates_on(cfg, torch.device("cpu"))
+    here, wanted = updates_on(cfg, CPU)
     np.testing.assert_allclose(found, wanted, rtol=2e-5)
     assert micros[0].pictures.nbytes * 4 == micros[0].images.nbytes
 
@@ -2307,18 +2233,15 @@ def test_another_device_answers_and_looks_as_the_cpu(subject, tested, drawn, mon
 
 def test_the_pretended_device_sees_what_a_real_one_would_refuse():
     """Faults that nothing on a CPU would show."""
-    model, images, tokens = tiny(), pictures(2), words(2, 6)
     with Pretence():
-        model.to(THERE)
-        images, tokens = images.to(THERE), tokens.to(THERE)
+        there = words(4).to(THERE)
         with pytest.raises(TypeError, match="cpu"):
-            model(images, tokens).detach().numpy()
-        Pretence.waits.clear()
-        tokens[tokens > 5]
-        assert len(Pretence.waits) == 1
-        model.decoder.cos = model.decoder.cos.cpu()
+            there.numpy()
         with pytest.raises(RuntimeError, match="two devices"):
-            model(images, tokens)
+            there + words(4)
+        Pretence.waits.clear()
+        there[there > 5]
+        assert len(Pretence.waits) == 1
 
 
 # ---- a GPU, where there is one: python -m pytest test_model.py -k cuda ----
@@ -2389,16 +2312,16 @@ def test_compile_takes_the_encoder_and_the_decoder(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     cfg = made_up(tmp_path)
-    data = train.Data(cfg, prepare.load_meta(cfg), "train")
+    data = training_data(cfg)
     for wish in (False, True):
-        run = train.Run(changed(cfg, compile=wish), data, torch.device("cpu"))
+        run = train.Run(changed(cfg, compile=wish), data, CPU)
         assert compiled == [run.model.vision, run.model.decoder] * wish
 
 
 def test_memory_is_not_known_where_the_system_does_not_say(monkeypatch):
-    assert train.peak_memory(torch.device("cpu")) > 1
+    assert train.peak_memory(CPU) > 1
     monkeypatch.setitem(sys.modules, "resource", None)      # as on Windows
-    assert math.isnan(train.peak_memory(torch.device("cpu")))
+    assert math.isnan(train.peak_memory(CPU))
 
 
 def test_attention_entropy_by_hand_and_its_gradient_where_a_weight_vanishes():
@@ -2410,43 +2333,34 @@ def test_attention_entropy_by_hand_and_its_gradient_where_a_weight_vanishes():
     assert scores.grad.isfinite().all() and (scores.grad[2] == 0).all()
 
 
-def test_tensorboard_is_told_the_graph_numbers_confusion_and_where_it_looked(drawn, tmp_path, monkeypatch):
-    told = {}
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            told["folder"] = folder
-
-        def add(self, name, value, step):
-            told.setdefault(name, []).append((step, value))
-        add_scalar = add_text = add_image = add
-
-        def add_graph(self, model, inputs):
-            told["graph"] = model(*inputs).shape
-
-        def close(self):
-            told["closed"] = True
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+def test_tensorboard_is_told_the_graph_numbers_confusion_and_where_it_looked(drawn, lexicon, tmp_path, monkeypatch):
+    writer = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     cfg = small_run(drawn, tmp_path, tensorboard=True, see_pictures=8, read_pictures=16, eval_every=8, log_every=8)
     train.train(cfg)
-    assert dict(told["loss"]) == pytest.approx(log_losses(tmp_path), rel=1e-6)
-    assert [step for step, _ in told["lr"]] == [2, 4, 6] and cfg.lr != cfg.lr_vision
-    for step, rate in told["lr"]:                           # of the part that learns
-        assert rate == pytest.approx((cfg.lr if step > 2 else cfg.lr_vision) * train.lr_scale(step - 1, cfg))
-    (step, picture), (_, asked) = told["where it looked"][-2:]
+    writer.assert_called_once_with(str(tmp_path))
+    board = writer.return_value
+    told = {}
+    for name, value, step in (call.args for call in board.add_scalar.call_args_list):
+        told.setdefault(name, {})[step] = value
+    assert told["loss"] == pytest.approx(log_losses(tmp_path), rel=1e-6)
+    assert told["lr"] == pytest.approx({                    # of the part that learns
+        step: peak * train.lr_scale(step - 1, cfg) for step, peak in ((2, cfg.lr_vision), (4, cfg.lr), (6, cfg.lr))})
+    model, inputs = board.add_graph.call_args.args
+    assert model(*inputs).shape == (1, cfg.row_tokens, len(lexicon))
+    _, picture, step = board.add_image.call_args.args
+    confusion, asked = (call.args[1] for call in board.add_text.call_args_list[-2:])
     assert step == 6 and picture.shape == (3, cfg.image_height, asked.count("?") * cfg.image_width)
-    model, *_ = train.load_model(changed(cfg, checkpoint=str(tmp_path / "last.pt")))
+    last, *_ = train.load_model(changed(cfg, checkpoint=str(tmp_path / "last.pt")))
     data = train.Data(cfg, drawn.meta, "val")
-    rows, odds = train.predict(model, data, cfg, torch.float32, cfg.eval_items)
+    rows, odds = train.predict(last, data, cfg, torch.float32, cfg.eval_items)
     truth = data.index[rows, 3] == 1
-    right_yes, wrong_yes, wrong_no, right_no = map(int, re.findall(r"\d+", told["confusion"][-1][1]))
-    assert (right_yes, wrong_no) == ((truth & (odds > 0)).sum(), (~truth & (odds > 0)).sum())
-    shares = right_yes / (right_yes + wrong_yes), right_no / (right_no + wrong_no)
-    assert told["val_accuracy"][-1][1] == pytest.approx(np.mean(shares))
+    assert list(map(int, re.findall(r"\d+", confusion))) == [
+        (own & said).sum() for own in (truth, ~truth) for said in (odds > 0, odds <= 0)]
+    assert told["val_accuracy"][6] == pytest.approx(train.balanced_accuracy(truth, odds))
     loss = np.log1p(np.exp(np.where(truth, -odds, odds))).mean()
-    assert told["val_loss"][-1][1] == pytest.approx(loss, rel=1e-4)
-    assert told["graph"] == (1, cfg.row_tokens, len(data.tokenizer))
-    assert told["folder"] == str(tmp_path) and told["closed"]
+    assert told["val_loss"][6] == pytest.approx(loss, rel=1e-4)
+    board.close.assert_called_once()
 
 
 def test_pictures_are_lit_where_the_question_looked(lexicon):
@@ -2469,53 +2383,31 @@ def test_pictures_are_lit_where_the_question_looked(lexicon):
 
 
 def test_lengths_are_counted_in_pictures():
-    cfg = changed(DEFAULTS, batch_size=16, grad_accum=1, see_pictures=100, read_pictures=320)
-    assert [train.updates(cfg, n) for n in (1, 16, 17)] == [1, 1, 2]
-    assert train.updates(changed(cfg, grad_accum=2), 320) == 10
-    assert train.see_updates(cfg) == 7 and train.all_updates(cfg) == 27
+    cfg = changed(DEFAULTS, batch_size=8, grad_accum=2, see_pictures=97, read_pictures=320)
+    assert (train.see_updates(cfg), train.all_updates(cfg)) == (7, 27)
     assert train.see_updates(changed(cfg, tag_weight=0.0)) == 0
 
 
-def test_learning_rate_warms_up_and_decays_in_each_stage():
-    cfg = changed(DEFAULTS, batch_size=1, see_pictures=60, read_pictures=110, warmup_pictures=10, min_lr=0.1)
+def test_each_schedule_begins_anew_in_each_stage():
+    """The usual one, half of a cosine, is in the golden losses."""
+    cfg = changed(DEFAULTS, batch_size=1, see_pictures=60, read_pictures=110, warmup_pictures=10, min_lr=0.001)
 
     def scales(*steps, **changes):
         return [train.lr_scale(step, changed(cfg, **changes)) for step in steps]
-    for first, length in ((0, 60), (60, 110)):
-        assert scales(*range(first, first + 10)) == pytest.approx(np.arange(1, 11) / 10)
-        middle = first + 10 + (length - 10) // 2
-        assert scales(first + 10, middle, first + length - 1) == pytest.approx([1, 0.55, 0.1], abs=2e-3)
-    stairs = scales(70, 129, 130, 154, 155, 169, schedule="step", min_lr=0.001)
-    assert stairs == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    restarts = scales(70, 120, 169, 170, 220, 269, 270, schedule="restarts", read_pictures=310)
+    stairs = scales(59, 60, 69, 70, 129, 130, 154, 155, 169, schedule="step")
+    assert stairs == pytest.approx([0.01, 0.1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    restarts = scales(70, 120, 169, 170, 220, 269, 270, schedule="restarts", read_pictures=310, min_lr=0.1)
     assert restarts == pytest.approx([1, 0.55, 0.1, 1, 0.55, 0.1, 1], abs=1e-2)
     assert set(scales(10, 169, schedule="constant")) == {1.0}
 
 
-def test_weight_decay_spares_norms_biases_embeddings_and_positions():
+def test_each_part_has_a_learning_rate_of_its_own():
     model, tagger = tiny(), model_file.WordTagger(32, 5)
-    cfg = changed(DEFAULTS, weight_decay=0.07, lr=1e-3, lr_vision=2e-3, lr_projection=3e-3)
-    optimizer = train.make_optimizer(model, tagger, cfg, torch.device("cpu"))
-    found = {id(p): (group["weight_decay"], group["peak"]) for group in optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        decay, peak = found.pop(id(p))
-        spared = p.ndim < 2 or any(word in name for word in ("norm", "bias", "embedding", "positions"))
-        assert decay == (0 if spared else 0.07), name
-        assert peak == {"vision": 2e-3, "projection": 3e-3, "decoder": 1e-3}[name.split(".")[0]], name
-    assert set(found) == {id(p) for p in tagger.parameters()} and {peak for _, peak in found.values()} == {2e-3}
-
-
-def test_token_loss_is_the_weighted_sum_it_says():
-    cfg = changed(DEFAULTS, answer_weight=2, yes_weight=1.5, label_smoothing=0.2, focal_gamma=1.5)
-    logits = torch.tensor(np.random.default_rng(0).normal(size=(5, 9)), dtype=torch.float32)
-    targets = torch.tensor([tokenizer.YES, tokenizer.NO, 7, tokenizer.YES, 8])
-    weights = torch.tensor([3.0, 2, 1, 3, 1])
-    log_p = logits.log_softmax(-1)
-    own = log_p[range(5), targets]
-    loss = -0.8 * own - 0.2 * log_p.mean(-1)
-    loss[weights > 1] *= ((1 - own.exp()) ** 1.5)[weights > 1]                    # of the answers
-    close(train.token_weights(targets, cfg), weights)
-    close(train.token_loss(logits, targets, cfg), (weights * loss).sum())
+    cfg = changed(DEFAULTS, lr=1e-3, lr_vision=2e-3, lr_projection=3e-3)
+    groups = train.make_optimizer(model, tagger, cfg, CPU).param_groups
+    peaks = {id(p): group["peak"] for group in groups for p in group["params"]}
+    for part, peak in ((model.vision, 2e-3), (tagger, 2e-3), (model.projection, 3e-3), (model.decoder, 1e-3)):
+        assert {peaks[id(p)] for p in part.parameters()} == {peak}
 
 
 def test_balanced_accuracy_by_hand():
@@ -2526,7 +2418,7 @@ def test_balanced_accuracy_by_hand():
 def test_training_ends_with_the_test_score_of_its_best_checkpoint(drawn, tmp_path):
     cfg = small_run(drawn, tmp_path, read_pictures=20, eval_every=8)
     result = train.train(cfg)
-    assert json.loads((tmp_path / "train.json").read_text())["steps"] == result["steps"] == 5
+    assert stored(tmp_path / "train.json")["steps"] == result["steps"] == 5
     wished = changed(DEFAULTS, out_dir=str(tmp_path), device="cpu", data_dir=drawn.cfg.data_dir)
     model, found, spoken, *_ = train.load_model(wished)
     assert found.vision_dim == 32 and found.data_dir == drawn.cfg.data_dir and not model.training
@@ -2546,7 +2438,7 @@ def trained(tmp_path_factory):
 
 def test_the_best_checkpoints_are_kept(trained, tmp_path):
     cfg = changed(trained, save_top=2, out_dir=str(tmp_path))
-    run = train.Run(cfg, train.Data(cfg, prepare.load_meta(cfg), "train"), torch.device("cpu"))
+    run = train.Run(cfg, training_data(cfg), CPU)
     for run.step, accuracy in enumerate((0.6, 0.7, 0.5, 0.65, math.nan), 1):
         run.keep(accuracy)
         state = train.load_checkpoint(tmp_path / "last.pt")
@@ -2596,14 +2488,14 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(trained, tmp_path):
 
 
 def test_training_starts_from_the_weights_of_another_run(trained, tmp_path, capsys):
-    best = Path(trained.out_dir) / "best.pt"
+    best = best_of(trained)
     start = changed(trained, out_dir=str(tmp_path), init_from=str(best), seed=5)
-    data = train.Data(start, prepare.load_meta(start), "train")
-    run, state = train.Run(start, data, torch.device("cpu")), train.load_checkpoint(best)
+    data = training_data(start)
+    run, state = train.Run(start, data, CPU), train.load_checkpoint(best)
     assert same(run.model.state_dict(), state["model"]) and same(run.tagger.state_dict(), state["tagger"])
     assert f"starting from {best}, trained for 2 updates on drawn scenes" in capsys.readouterr().out
     larger = changed(start, image_width=64, image_height=48)
-    larger = train.Run(larger, data, torch.device("cpu")).model.vision.positions
+    larger = train.Run(larger, data, CPU).model.vision.positions
     assert torch.equal(larger, train.resize_positions(state["model"]["vision.positions"], (4, 4), (6, 8)))
     side = torch.arange(4.0)
     column_and_row = torch.stack((side.repeat(4), side.repeat_interleave(4)), -1)           # (16, 2)
@@ -2614,7 +2506,7 @@ def test_training_starts_from_the_weights_of_another_run(trained, tmp_path, caps
 
 def test_a_lora_run_leaves_the_weights_learns_resumes_and_exports(trained, tmp_path):
     best, file, out = tmp_path / "start.pt", tmp_path / "a model.pt", tmp_path / "out"
-    shutil.copy(Path(trained.out_dir) / "best.pt", best)
+    shutil.copy(best_of(trained), best)
     base = train.load_checkpoint(best)["model"]
     cfg = changed(trained, out_dir=str(out), init_from=str(best), lora_rank=2, eval_every=8, freeze_pictures=8,
                   warmup_pictures=0, schedule="constant")
@@ -2651,7 +2543,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(t
     state, bad = train.load_checkpoint(out / "last.pt"), torch.load(out / "bad_batch.pt", weights_only=True)
     assert state["step"] == bad["step"] == 2 and bad["position"] == 2 * 2 * 4 and math.isnan(bad["loss"])
     assert all(torch.equal(p, state["model"][name]) for name, p in models[0].named_parameters())
-    data = train.Data(cfg, prepare.load_meta(cfg), "train")
+    data = training_data(cfg)
     for micro, position in zip(bad["micro_batches"], (16, 20), strict=True):
         assert same(micro, vars(data.batch(position, 4)))
 
@@ -2677,12 +2569,6 @@ def test_early_stopping_stops_when_nothing_improves(drawn, tmp_path, capsys):
 
 # ---- evaluation: statistics ----
 
-def agrees(found, value, draws):
-    """The estimate has this value and the 95% percentile interval of these draws."""
-    assert found["value"] == pytest.approx(value)
-    assert [found["low"], found["high"]] == pytest.approx(np.percentile(list(draws), (2.5, 97.5)))
-
-
 def answered(truth, picture):
     """Questions of which only the truths and the pictures are known."""
     found = evaluate.Questions.__new__(evaluate.Questions)
@@ -2699,28 +2585,26 @@ def test_estimates_equal_resampling_picture_by_picture():
     times = evaluate.resamples_of(31, 200).astype(int)
     assert (times.sum(1) == 31).all() and times.var() == pytest.approx(1 - 1 / 31, abs=0.03)
 
-    def drawn_rows(rows=every):
-        """These rows, repeated as their pictures are drawn: an index array for each resample."""
-        return [np.repeat(rows, count[picture[rows]]) for count in times]
+    def agrees(found, figure, *sets):
+        """found is figure(rows of each set), with the 95% interval of these rows repeated as their pictures are drawn.
+        """
+        draws = [figure(*(np.repeat(rows, count[picture[rows]]) for rows in sets)) for count in times]
+        assert found["value"] == pytest.approx(figure(*sets))
+        assert [found["low"], found["high"]] == pytest.approx(np.percentile(draws, (2.5, 97.5)))
 
     def own(odds, rows):
         return 100 * train.balanced_accuracy(truth[rows], odds[rows])
-    agrees(asked.accuracy(a), own(a, every), [own(a, i) for i in drawn_rows()])
+    agrees(asked.accuracy(a), lambda i: own(a, i), every)
     assert asked.accuracy(a[other], other)["value"] == pytest.approx(own(a, other))
-    agrees(asked.lead(b, asked, a), own(b, every) - own(a, every), [own(b, i) - own(a, i) for i in drawn_rows()])
+    agrees(asked.lead(b, asked, a), lambda i: own(b, i) - own(a, i), every)
     found = asked.lead(a, answered(truth[other], picture[other]), b[other])
-    agrees(found, own(a, every) - own(b, other),
-           [own(a, i) - own(b, j) for i, j in zip(drawn_rows(), drawn_rows(other))])
+    agrees(found, lambda i, j: own(a, i) - own(b, j), every, other)
     assert found["n"] == 60, "the smaller set limits what can be known"
     values = rng.exponential(size=155)                      # 31 x 5 values: every resample has one in the middle
-    agrees(asked.mean(values, every), 100 * values.mean(), [100 * values[i].mean() for i in drawn_rows()])
-    agrees(evaluate.median_estimate(picture, values, 200), np.median(values),
-           [np.median(values[i]) for i in drawn_rows()])
-    x, y = rng.random((2, 155)) ** 3
-    y += 0.3 * x
-    ranks = np.array([[(all_of < v).sum() for v in all_of] for all_of in (x, y)])
-    agrees(evaluate.correlation_estimate(picture, x, y, 200), np.corrcoef(ranks)[0, 1],
-           [np.corrcoef(ranks[:, i])[0, 1] for i in drawn_rows()])
+    agrees(asked.mean(values, every), lambda i: 100 * values[i].mean(), every)
+    agrees(evaluate.median_estimate(picture, values, 200), lambda i: np.median(values[i]), every)
+    ranks = np.stack((every, rng.permutation(every)))
+    agrees(evaluate.correlation_estimate(picture, *ranks ** 3, 200), lambda i: np.corrcoef(ranks[:, i])[0, 1], every)
     nothing = dict(value=None, low=None, high=None)
     for truth in ([1, 1], []):                      # balanced accuracy needs both answers
         assert answered(truth, range(len(truth))).accuracy(np.ones(len(truth))) == dict(nothing, n=len(truth))
@@ -2760,10 +2644,9 @@ def test_calibration_error_and_temperature_by_hand():
     bins = evaluate.calibration_bins(crowded, truth, 3, equal_mass=True)    # 2 each, whatever lies between
     assert [n for n, _, _ in bins] == [2, 2, 2] and bins[1] == (2, pytest.approx(0.035), 1)
     assert [n for n, _, _ in evaluate.calibration_bins(crowded, truth, 3)] == [4, 2], "the bin between is empty"
-    # Of four answers with p = 0.75, 4 to 0 are right: |share - p| is 25, 0, 25, 50 or 75 points.
-    gap = np.dot((25, 0, 25, 50, 75), [math.comb(4, k) * 3 ** (4 - k) for k in range(5)]) / 256
+    # Of four answers with p = 0.75, 4 to 0 are right: |share - p| is 25, 0, 25, 50 or 75 points, 16 in the mean.
     for odds, truth, brier, error, calibrated in (
-            ([-600.0, 600.0], [0, 1], 0, 0, 0), ([math.log(3)] * 4, [1, 1, 0, 0], 5 / 16, 25, gap)):
+            ([-600.0, 600.0], [0, 1], 0, 0, 0), ([math.log(3)] * 4, [1, 1, 0, 0], 5 / 16, 25, 16)):
         found = evaluate.calibration(np.array(odds), np.array(truth) == 1)
         assert (found["n"], found["brier"], found["ece"]["value"]) == pytest.approx((len(odds), brier, error))
         assert found["ece"]["calibrated"] == pytest.approx(calibrated, abs=3)
@@ -2775,8 +2658,8 @@ def test_calibration_error_and_temperature_by_hand():
 
 # ---- evaluation: maps and heads ----
 
-def one_hot(*patches, size=16):
-    found = np.zeros(size)
+def one_hot(*patches):
+    found = np.zeros(16)
     found[list(patches)] = 1 / len(patches)
     return found
 
@@ -2869,13 +2752,13 @@ def test_deletion_and_insertion_follow_the_map():
 
 
 def test_entropy_and_distances_of_maps():
-    assert evaluate.entropy(np.full((2, 16), 1 / 16)) == pytest.approx([math.log(16)] * 2)
-    assert evaluate.entropy(one_hot(3)) == 0 and evaluate.entropy(one_hot(3, 4)) == pytest.approx(math.log(2))
-    a, b = np.random.default_rng(0).dirichlet(np.ones(16), 2)
-    found, middle = evaluate.distances(np.array([a, a]), np.array([b, a])), (a + b) / 2
-    js = sum((x * np.log(x / middle)).sum() / 2 for x in (a, b))
-    assert np.allclose(found["js"], [js, 0]) and np.allclose(found["l2"], [np.linalg.norm(a - b), 0])
-    assert np.allclose(found["cosine"], [a @ b / np.linalg.norm(a) / np.linalg.norm(b), 1])
+    one, two = one_hot(3), one_hot(3, 4)
+    assert evaluate.entropy(np.stack((one, two, np.full(16, 1 / 16)))) == pytest.approx([0, math.log(2), math.log(16)])
+    found = evaluate.distances(np.stack((one, one)), np.stack((two, one)))
+    # From their middle, 3/4 and 1/4, the first is ln 4/3 away, and the second (ln 2/3 + ln 2) / 2, half as much.
+    wanted = dict(js=math.log(4 / 3) * 3 / 4, l2=0.5 ** 0.5, cosine=0.5 ** 0.5)
+    assert {name: value[0] for name, value in found.items()} == pytest.approx(wanted)
+    assert {name: value[1] for name, value in found.items()} == pytest.approx(dict(js=0, l2=0, cosine=1))
 
 
 @torch.no_grad()
@@ -2928,21 +2811,20 @@ def test_heads_that_look_for_cars_are_found():
 def test_what_is_lost_without_each_head(subject, drawn):
     few = evaluate.Questions(subject, drawn.meta, "test", 80)
     fresh = evaluate.Subject(subject.cfg)
+    attention = fresh.model.decoder.blocks[0].attn
     with torch.no_grad():
-        fresh.model.decoder.blocks[0].attn.out.weight[:, 16:] *= 30
+        attention.out.weight[:, 16:] *= 30
     usual = np.median(few.odds(fresh))                      # an untrained model says YES to all, or NO
     fair = stub(fresh.cfg, model=fresh.model, ask=lambda jobs: fresh.ask(jobs) - usual)
     found = evaluate.head_ablation(fair, few)
     assert [(e["kind"], e["layer"], e["head"]) for e in found] == [
         ("vision", 0, 0), ("self", 0, 0), ("self", 0, 1), ("cross", 0, 0), ("cross", 0, 1)]
-    assert found[2]["drop"]["value"] != 0
-    whole, p = few.odds(fair), []
-    for entry in found:
-        with evaluate.without_head(evaluate.attentions(fresh.model)[entry["kind"]][0], entry["head"]):
-            without = few.odds(fair)
-        p.append(evaluate.mcnemar((whole > 0) == few.truth, (without > 0) == few.truth)[2])
-        assert entry["drop"] == few.lead(whole, few, without)
-    assert [e["p_holm"] for e in found] == evaluate.holm(p)
+    whole, second = few.odds(fair), found[2]
+    with evaluate.without_head(attention, 1):
+        without = few.odds(fair)
+    assert second["drop"] == few.lead(whole, few, without) and second["drop"]["value"] != 0
+    p = evaluate.mcnemar((whole > 0) == few.truth, (without > 0) == few.truth)[2]
+    assert second["p_holm"] == pytest.approx(5 * p), "the smallest of five"
 
 
 # ---- evaluation: asking the model ----
@@ -2970,11 +2852,10 @@ def test_questions_are_those_of_the_set_and_are_asked_as_in_training(subject, te
 
 
 @torch.no_grad()
-def test_odds_maps_and_texts_are_those_of_each_prompt_alone(subject, tested, drawn):
+def test_odds_and_maps_are_those_of_each_prompt_alone(subject, tested, drawn):
     chosen = np.arange(0, 60, 3)
-    looked, said = list(subject.look(tested.jobs(chosen))), subject.say(tested.jobs(chosen))
-    odds = subject.ask(tested.jobs(chosen))
-    assert len(looked) == len(said) == len(odds) == len(chosen)
+    looked, odds = list(subject.look(tested.jobs(chosen))), subject.ask(tested.jobs(chosen))
+    assert len(looked) == len(odds) == len(chosen)
     for k, i in list(enumerate(chosen))[::4]:
         prompt = torch.tensor([tested.prompts[i]])
         images = subject.images(tested.pixels(i)[None])
@@ -2982,9 +2863,6 @@ def test_odds_maps_and_texts_are_those_of_each_prompt_alone(subject, tested, dra
         close(torch.from_numpy(looked[k][1]), attn["cross"][:, 0])
         by_hand = float(logits[0, -1, tokenizer.YES] - logits[0, -1, tokenizer.NO])
         assert looked[k][0] == pytest.approx(by_hand, abs=1e-4) == odds[k]
-        ids = subject.model.generate(subject.model.encode(images), prompt, 32)[0].tolist()
-        answer = {tokenizer.YES: True, tokenizer.NO: False}.get(ids[0])
-        assert said[k] == (answer, subject.tokenizer.decode(ids if answer is None else ids[1:]))
     assert subject.ask([]).shape == (0,)
     assert np.allclose(subject.blank / 255, drawn.meta["mean"], atol=1 / 500)
     assert subject.blank.shape == drawn.images[0].shape
@@ -2997,6 +2875,7 @@ def test_generated_answers_are_split_from_their_reasons(subject, monkeypatch):
 
     def generate(vision, tokens, room):
         close(vision, subject.model.encode(subject.images(np.stack((grey, grey, black)))))
+        assert tokens.tolist() == [[tokenizer.PAD, 9], [9, 9], [tokenizer.PAD, 9]] and room == 32
         return said
     monkeypatch.setattr(subject.model, "generate", generate)
     word = subject.tokenizer.words
@@ -3128,14 +3007,6 @@ def test_a_model_without_pictures_scores_50_unless_the_questions_give_answers_aw
     assert train.balanced_accuracy(first, odds) > 0.9
 
 
-def test_twins_belong_to_their_questions(tested):
-    for i, edit in tested.twins("flip")[::9]:
-        frame = prepare.scene_frame(prepare.apply_edit(tested.spec(i), edit), tested.cfg)
-        assert tested.questions[i].truth(View(frame, tested.cfg)) == (FALSE if tested.truth[i] else TRUE)
-    same = evaluate.draw_twin((tested.spec(0), dict(remove=[], add=[]), tested.cfg))
-    assert np.array_equal(same, tested.pixels(0)), "a twin is drawn from its scene"
-
-
 @pytest.mark.parametrize("odds, removed, added, painted, wanted", [
     ((1, -1), -1, 1, 1, [100, 0, 0, 100]), ((1, 1), 1, 1, 1, [0, 100, 0, 100]),
     ((-1, 1), 1, -1, -1, [0, 0, 0, 100]), ((1, -1), -1, -1, -1, [50, 50, 100, 0])])
@@ -3230,7 +3101,7 @@ FEW = dict(sample_items=80, probe_items=8, head_items=40, bootstrap=50)
 def evaluated(drawn, tmp_path_factory):
     """(cfg, page): an untrained model, compared with itself."""
     cfg = save_untrained(small_run(drawn, tmp_path_factory.mktemp("page"), **FEW), drawn.meta)
-    return cfg, evaluate.evaluate(changed(cfg, against=str(Path(cfg.out_dir) / "best.pt")), blind_steps=3)
+    return cfg, evaluate.evaluate(changed(cfg, against=best_of(cfg)), blind_steps=3)
 
 
 def test_the_page_is_what_is_written(evaluated):
@@ -3326,7 +3197,7 @@ def test_what_is_missing_is_shown_without_a_value_and_a_fresh_process_writes_the
     printed = capsys.readouterr().out
     for words in ("| - state | - | 0 |", "precision", "wrong answers; the first"):
         assert words in printed, words
-    best = str(Path(bare.out_dir) / "best.pt")
+    best = best_of(bare)
     code = "import config, evaluate; config.run(lambda cfg: evaluate.evaluate(cfg, blind_steps=3), '')"
     flags = dict(FEW, checkpoint=best, out_dir=tmp_path, data_dir=bare.data_dir, device="cpu", dtype="float32",
                  workers=1)
@@ -3340,8 +3211,8 @@ def test_what_is_missing_is_shown_without_a_value_and_a_fresh_process_writes_the
 def test_a_model_is_asked_about_other_data_by_the_rules_of_these_data(bare, tmp_path, capsys):
     subject = evaluate.Subject(bare)
     assert subject.take_data()["hash"] == subject.state["data_hash"] and not capsys.readouterr().out
-    meta = json.loads((Path(bare.data_dir) / "meta.json").read_text())
-    other = changed(bare, data_dir=str(tmp_path), checkpoint=str(Path(bare.out_dir) / "best.pt"))
+    meta = stored(Path(bare.data_dir) / "meta.json")
+    other = changed(bare, data_dir=str(tmp_path), checkpoint=best_of(bare))
     stricter = dict(meta["settings"], min_pixels=9.5)
     (tmp_path / "meta.json").write_text(json.dumps(dict(meta, hash="x", settings=stricter)))
     subject = evaluate.Subject(other)
@@ -3354,7 +3225,7 @@ def test_a_model_is_asked_about_other_data_by_the_rules_of_these_data(bare, tmp_
 def test_what_cannot_be_evaluated_is_one_line_that_helps(bare, drawn, tmp_path, capsys):
     here = changed(bare, out_dir=str(tmp_path))
     save_untrained(here, drawn.meta, "words.pt", known=commands.vocabulary()[:-1])
-    best, words_differ = str(Path(bare.out_dir) / "best.pt"), str(tmp_path / "words.pt")
+    best, words_differ = best_of(bare), str(tmp_path / "words.pt")
     for change, *says in [
             (dict(checkpoint=words_differ), "vocabulary is not that of the data", "train again", "--data_dir"),
             (dict(checkpoint=best, split="ood"), "ood split in ", "data holds no questions"),
@@ -3384,30 +3255,26 @@ def picture_and_subject(typed):
 
 
 @torch.no_grad()
-def test_an_answer_is_a_verdict_with_its_probability_and_the_reason_that_follows_it(typed):
+def test_an_answer_is_a_verdict_with_its_probability_and_the_reason_that_follows_it(typed, monkeypatch):
     picture, subject = picture_and_subject(changed(typed, beam=3))
-    model, prompt = subject.model, subject.tokenizer.prompt("is there a bus")
-    plain, asked = model.decoder.logits, model.odds
-    odds = next(subject.look([(picture, [prompt])]))[0] - 2.5
-    bias = torch.zeros(len(subject.tokenizer))
-    # Generation alone prefers YES by 2.5, the odds that decide the verdict NO by as much.
-    model.decoder.logits = lambda hidden: plain(hidden) - bias
-    model.odds = lambda *given: asked(*given) - 5
-    begun = torch.tensor([prompt + [tokenizer.NO]])
-    vision = model.encode(subject.images(picture[None]))
-    # The first words by chance of which three beams find others than one.
-    for seed in range(100):
-        bias[:] = torch.randn(len(bias), generator=torch.Generator().manual_seed(seed))
-        bias[tokenizer.YES], bias[tokenizer.NO] = 20, 22.5
-        greedy, best = (model.generate(vision, begun, 7, beam=beam)[0].tolist() for beam in (1, 3))
-        if greedy != best:
-            break
-    shot = visualize.answer(subject, picture, "is there a bus")
-    assert odds < 0 and shot.verdict == "NO"
-    assert shot.probability == pytest.approx(1 / (1 + math.exp(odds)), abs=1e-4)
-    assert shot.reason == subject.tokenizer.decode(best) != subject.tokenizer.decode(greedy)
+    model, spoken = subject.model, subject.tokenizer
+    usual, said = model.odds, spoken.encode("a bus") + [tokenizer.EOS]
+    odds = next(subject.look([(picture, [spoken.prompt("is there a bus")])]))[0]
+    continued = []
+
+    def generate(vision, prompt, room, beam):
+        continued.append((prompt.tolist(), room, beam))
+        return torch.tensor([said])
+    monkeypatch.setattr(model, "generate", generate)
+    for wished, verdict, token in ((2.5, "YES", tokenizer.YES), (-1.5, "NO", tokenizer.NO)):
+        monkeypatch.setattr(model, "odds", lambda *given: usual(*given) - odds + wished)
+        shot = visualize.answer(subject, picture, "is there a bus")
+        assert (shot.verdict, shot.reason) == (verdict, "a bus")
+        assert shot.probability == pytest.approx(1 / (1 + math.exp(-abs(wished))), abs=1e-4)
+        assert continued.pop() == ([spoken.prompt("is there a bus") + [token]], 7, 3)
     for command in ("Describe the scene.", "where is the bus?"):
         assert visualize.answer(subject, picture, command).verdict is None
+        assert continued.pop() == ([spoken.prompt(command)], 8, 3)
 
 
 def test_numbers_and_boxes_of_a_panel():
@@ -3446,35 +3313,32 @@ def test_every_map_of_a_scene_is_a_row_of_the_attention_that_answered(typed):
     picture, subject = picture_and_subject(typed)
     shot = visualize.answer(subject, picture, "Is there a bus, on the LEFT?!")
     assert shot.words == ["is", "there", "a", "bus", ",", "on", "the", "left"]
-    prompt = torch.tensor([subject.tokenizer.prompt("is there a bus , on the left")])
-    attn = {name: weights[:, 0].numpy() for name, weights in
-            subject.model(subject.images(picture[None]), prompt, return_attn=True)[1].items()}
-    cross = attn["cross"][:, :, 1:].reshape(2, 4, 9, 4, 4)              # [SOS] has no map, and `?` is the answer
-    answer, rolled = cross.mean((0, 1))[-1], np.eye(16)
-    patch = int(answer.argmax())
+    prompt = subject.tokenizer.prompt("is there a bus , on the left")
+    told = subject.tokenizer.encode(f"[{shot.verdict}] {shot.reason}")
+    _, attn = subject.model(subject.images(picture[None]), torch.tensor([prompt + told]), return_attn=True)
+    attn = {name: weights[:, 0].numpy() for name, weights in attn.items()}
+    cross, rolled = attn["cross"], np.eye(16)
+    mean = cross.mean((0, 1))
+    answer, patch = mean[9].reshape(4, 4), int(mean[9].argmax())       # of `?`; [SOS], the first, has no map
     for weights in attn["vision"]:
         rolled = (weights.mean(0) + np.eye(16)) / 2 @ rolled
-    names = [*shot.words, "answer"]
-    wanted = {"words": dict(zip(names, cross.mean((0, 1)))), "layers": dict(zip(names, cross[1].mean(0))),
-              "heads": {f"head {h}": found for h, found in enumerate(cross[1, :, -1])},
-              "vision": {"head 1": attn["vision"][0, 1, patch], "rollout to here": rolled[patch]}}
-    # A word of the reason is chosen at the token before it; the first, at the verdict.
-    told = subject.tokenizer.encode(f"[{shot.verdict}] {shot.reason}")
-    text = torch.cat((prompt, torch.tensor([told])), 1)
-    chosen = subject.model(subject.images(picture[None]), text, return_attn=True)[1]["cross"].mean((0, 2))[0].numpy()
-    wanted["reason"] = dict(zip(shot.reason.split(), chosen[prompt.shape[1]:-1]))
-    assert wanted["reason"]
+    names, reason = [*shot.words, "answer"], shot.reason.split()
+    wanted = {"words": dict(zip(names, mean[1:])), "layers": dict(zip(names, cross[1].mean(0)[1:])),
+              "heads": {f"head {h}": found for h, found in enumerate(cross[1, :, 9])},
+              "vision": {"head 1": attn["vision"][0, 1, patch], "rollout to here": rolled[patch]},
+              "reason": dict(zip(reason, mean[10:]))}       # a word is chosen at the token before it: here the verdict
+    assert reason
     for kind, maps in wanted.items():
         figure = visualize.SCENE[kind](shot)
         shown = maps_of(figure[-1] if isinstance(figure, list) else figure)       # the last layer
         assert len({id(norm) for _, _, norm in shown}) == 1
         by_name = {name: found / 16 for name, found, _ in shown}                  # of names in two rows, the last
         for name, found in maps.items():
-            np.testing.assert_allclose(by_name[name].ravel(), found.ravel(), atol=1e-6)
+            np.testing.assert_allclose(by_name[name].ravel(), found, atol=1e-6)
     for axes, weights in zip(visualize.SCENE["text"](shot).axes, attn["self"].mean(1)):
         seen = axes.images[0].get_array()
         assert np.array_equal(seen.mask, np.triu(np.ones((10, 10)), 1) > 0)
-        np.testing.assert_allclose(seen[9], weights[9], atol=1e-6)
+        np.testing.assert_allclose(seen[9], weights[9, :10], atol=1e-6)
     other = visualize.answer(subject, picture, "is the light red")
     first, second, change = maps_of(visualize.draw_comparison([[shot, other]]))
     assert np.allclose(change[1], 16 * (other.maps[-1] - answer), atol=1e-5) and np.allclose(first[1], 16 * answer)
@@ -3732,9 +3596,9 @@ def test_settings_of_a_variant_and_which_runs_are_the_same():
 @torch.no_grad()
 def test_what_a_variant_takes_away_is_gone(drawn):
     cross = variant_of(drawn, "no_cross")[1].decoder.blocks[0].cross
-    k, v = cross.keys_values(torch.randn(2, 16, 32))
-    mean = v.mean(2).repeat_interleave(2, 1).flatten(1)                           # (B, H*d), whatever is asked
-    close(cross(torch.randn(2, 3, 32), k, v), cross.out(mean)[:, None].expand(-1, 3, -1))
+    patches = torch.randn(2, 16, 32)
+    close(*(cross(torch.randn(2, 3, 32), *cross.keys_values(seen))                # whatever is asked
+            for seen in (patches, patches.mean(1, keepdim=True))))
     blind, tokens = variant_of(drawn, "blind")[1], words(2, 8)
     images = torch.randn(2, 3, *blind.vision.size)
     assert torch.equal(blind(images, tokens), blind(images + 1, tokens))
@@ -3855,7 +3719,7 @@ def test_a_loop_that_was_interrupted_resumes_and_a_failure_is_a_row(drawn, tmp_p
     assert ablate.ablate(cfg) == table and started == [("prefix-1337", False)], "only what failed is tried again"
     assert [row["seeds"] for row in table["rows"]] == [[1337], [1337], []]
     assert "no luck" in table["rows"][2]["failed"] and (tmp_path / "table.md").exists()
-    assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8")) == table
+    assert stored(tmp_path / "table.json") == table
 
 
 # ---- robustness ----
@@ -3924,7 +3788,7 @@ def test_robustness_writes_every_study(subject, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "WEATHERS", prepare.WEATHERS[:2])
     monkeypatch.setattr(ablate, "AMOUNTS", {change: amounts[:2] for change, amounts in ablate.AMOUNTS.items()})
     monkeypatch.setattr(ablate, "ATTACK", (1, 16))
-    out, best = tmp_path / "not" / "there yet", str(Path(subject.cfg.out_dir) / "best.pt")
+    out, best = tmp_path / "not" / "there yet", best_of(subject.cfg)
     page = ablate.robustness(changed(subject.cfg, checkpoint=best, out_dir=str(out), probe_items=8, dpi=40))
     studies = Counter(row["study"] for row in page["rows"])
     studies.pop("occlusion", None)                          # which needs right answers YES
@@ -3936,7 +3800,7 @@ def test_robustness_writes_every_study(subject, tmp_path, monkeypatch):
     text = (out / "robustness.md").read_text(encoding="utf-8")
     assert text.count("| noise ") == 2 and re.search(r"\| FGSM 16 \| 1\d\.\d \|", text)
     assert (out / "robustness.png").exists()
-    assert json.loads((out / "robustness.json").read_text(encoding="utf-8")) == page
+    assert stored(out / "robustness.json") == page
 
 
 # ---- speed and learning rates ----
@@ -3946,7 +3810,7 @@ def test_bench_measures_both_stages_and_saves_nothing_else(tmp_path):
     found = ablate.bench(cfg)
     see, read, schedule = (found[stage] for stage in ("see", "read", "schedule"))
     assert {path.name for path in Path(cfg.out_dir).iterdir()} == {"bench.json", "bench.md"}
-    assert json.loads((Path(cfg.out_dir) / "bench.json").read_text()) == found
+    assert stored(Path(cfg.out_dir) / "bench.json") == found
     for row in (see, read, schedule):
         assert all(0 < row[f"ms_{part}"] < row["ms"] for part in ablate.PARTS)
         assert 0 < row["wait_share"] < 1 and 0 < row["share_of_peak"] < 1
@@ -3963,7 +3827,7 @@ def test_the_learning_rate_range_is_passed_through_until_the_loss_doubles():
             loss, = {loss_at(round(group["lr"] / group["peak"], 9)) for group in groups}
             return loss, 1.0, math.isfinite(loss)
         run = SimpleNamespace(update=update, optimizer=SimpleNamespace(param_groups=groups), cfg=DEFAULTS,
-                              device=torch.device("cpu"), data=SimpleNamespace(micro_batches=lambda *where: []))
+                              device=CPU, data=SimpleNamespace(micro_batches=lambda *where: []))
         return ablate.rising_rates(run, True)
     found = rates(lambda scale: 4.5 if 1 < scale < 1.06 else 2.0)                 # at one update
     assert found["scale"] == pytest.approx(np.geomspace(1e-3, 10, 150).tolist()), "a mean forgives one bad update"
@@ -3977,5 +3841,5 @@ def test_rates_are_suggested_for_both_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "STEPS", 8)
     cfg = made_up(tmp_path, see_pictures=16, read_pictures=16, dpi=40)
     found, out = ablate.lr_range(cfg), Path(cfg.out_dir)
-    assert list(found) == ["see", "read"] and json.loads((out / "lr_range.json").read_text()) == found
+    assert list(found) == ["see", "read"] and stored(out / "lr_range.json") == found
     assert (out / "lr_range.png").exists() and "--lr_vision=" in (out / "lr_range.md").read_text(encoding="utf-8")
