@@ -163,17 +163,17 @@ page = False                  # visualize.py: write the interactive page instead
 PRESETS = {
     "default": {},
     # One GPU: PaliGemma-like proportions at ImageNet resolution, under 50M parameters.
-    "base": dict(image_width=288, image_height=176, patch_size=16, stem_width=64, min_pixels=12.0, vision_dim=384,
+    "base": dict(image_width=288, image_height=176, stem_width=64, min_pixels=12.0, vision_dim=384,
                  vision_layers=8, vision_heads=6, vision_ffn_dim=1536, text_dim=384, text_layers=6, text_head_dim=64,
                  text_ffn_dim=1024, batch_size=64, lr=1e-3, lr_projection=5e-4, lr_vision=5e-4, see_pictures=256_000,
                  read_pictures=128_000, warmup_pictures=6_400, eval_every=64_000, prefetch=4, out_dir="out/base",
                  data_dir="data_base"),
     # python ablate.py: a run takes about 80 seconds of one core, so that many fit; questions are about large objects.
-    "ablation": dict(image_width=80, image_height=48, patch_size=16, stem_width=16, min_pixels=12.0, num_scenes=24000,
+    "ablation": dict(image_width=80, image_height=48, stem_width=16, min_pixels=12.0, num_scenes=24000,
                      num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2, vision_ffn_dim=128,
                      text_dim=64, text_layers=2, text_heads=4, text_ffn_dim=128, row_tokens=64,
                      descriptions_per_image=1, see_pictures=16_000, read_pictures=20_000, warmup_pictures=800, lr=8e-3,
-                     lr_projection=3e-3, lr_vision=2e-3, eval_every=20_000, log_every=800, eval_items=800,
+                     lr_projection=3e-3, lr_vision=2e-3, eval_every=20_000, eval_items=800,
                      sample_items=600, out_dir="out/ablation", data_dir="data_ablation"),
 }
 CHOICES = {name: known.split() for name, known in dict(
@@ -272,10 +272,8 @@ def kind_of(name):
 def typed(name, value):
     """`value` as the type of setting `name`: 4.0 passes for a whole number, 4 for any number. Raises UserError."""
     words, kind, least, most = kind_of(name)
-    if kind is int and type(value) is float and value.is_integer():
-        value = int(value)
-    if kind is float and type(value) is int and abs(value) <= MOST:
-        value = float(value)
+    if {type(value), kind} == {int, float} and abs(value) <= MOST and value == kind(value):
+        value = kind(value)
     if type(value) is not kind or (kind in (int, float) and not least <= value <= most):
         raise UserError(f"{name} wants {words}, got {value!r}")
     if words == "a path":
