@@ -335,14 +335,14 @@ TEMPLATES = {
     "clear": Template("navigation", "simple", 0.07, phrases("""
         is the {side} clear / is the {side} free / is the {side} open / does the {side} look clear /
         is the {side} unobstructed / does the {side} look free of obstacles / is the {side} free of obstacles""")),
-    "and": Template("", "complex", 0.05, phrases("""
+    "and": Template("detection", "complex", 0.05, phrases("""
         is there {a} and {b} / do you see {a} and {b} / are there both {a} and {b} / can you see {a} as well as {b} /
         does the picture show {a} together with {b} / is there {a} and also {b} / are {a} and {b} both visible""")),
-    "and_no": Template("", "complex", 0.10, phrases("""
+    "and_no": Template("detection", "complex", 0.10, phrases("""
         is there {a} and no {m} / do you see {a} but no {m} / is there {a} but no {m} / can you see {a} and no {m} /
         does the picture show {a} but no {m} / do you notice {a} but no {m} /
         does the scene contain {a} and no {m}""")),
-    "or": Template("", "complex", 0.05, phrases("""
+    "or": Template("detection", "complex", 0.05, phrases("""
         is there {a} or {b} / do you see either {a} or {b} / can you find {a} or {b} / is {a} or {b} visible /
         does the picture show {a} or {b} / do you notice {a} or {b} / is there either {a} or {b} in the scene""")),
 }
@@ -390,9 +390,7 @@ class Question(namedtuple("Question", "template first second", defaults=("", "")
     def family(self):
         if self.template in DESCRIPTIONS:
             return "describe"
-        if self.other:
-            return "state" if self.other in LIGHTS else "detection"
-        return TEMPLATES[self.template].family
+        return "state" if self.other in LIGHTS else TEMPLATES[self.template].family
 
     @property
     def level(self):
@@ -689,7 +687,7 @@ def choose(table, cfg, rng, shares=None):
     load = np.zeros((3, pictures), int)            # how many are picked, by answer and picture
     picked = np.zeros(table.shape, bool)
     # The rarest questions choose first, while all pictures still have room.
-    order = sorted(shares, key=lambda q: min((table[:, q] == TRUE).sum(), (table[:, q] == FALSE).sum()))
+    order = sorted(shares, key=lambda q: min((table[:, q] == answer).sum() for answer in (TRUE, FALSE)))
     for q in order:
         rows = {answer: np.flatnonzero((table[:, q] == answer) & (load[answer] < half)) for answer in (TRUE, FALSE)}
         wanted = int(np.ceil(shares[q] * cfg.commands_stored * pictures / 2))
