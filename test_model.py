@@ -1193,7 +1193,8 @@ def test_neither_the_picture_nor_the_question_gives_the_answer_away(drawn):
     counts = Counter((item["picture"], item["answer"]) for item in questions["train"])
     pairs = [(counts[p, False], counts[p, True]) for p in {picture for picture, _ in counts}]
     assert sum(map(max, pairs)) / sum(map(sum, pairs)) <= 0.54
-    assert max(map(sum, pairs)) <= drawn.cfg.commands_stored and len(pairs) > 0.95 * drawn.meta["splits"]["train"]
+    assert max(map(sum, pairs)) <= drawn.cfg.commands_stored
+    assert len(pairs) > 0.95 * drawn.meta["report"]["train"]["pictures"]
     for key, tolerance in ((commands.question_of, 1e-9), (lambda item: item["command"], 0.06)):
         votes = Counter()
         for item in questions["train"]:
@@ -1780,7 +1781,7 @@ def test_only_one_folder_that_tests_alone_is_prepared_and_not_trained_on(bdd, tm
     (bdd[0] / TRAIN).unlink()
     cfg = bdd_settings(tmp_path, val_is_test=True, row_tokens=64)
     meta = prepare.prepare(cfg)
-    assert meta["splits"] == dict(test=6) and min(meta["std"]) > 0
+    assert meta["report"]["test"]["pictures"] == meta["frames"] == 6 and min(meta["std"]) > 0
     refuses(lambda: train.train(cfg), "no training commands")
 
 
