@@ -2,7 +2,7 @@
 
 - A variant is a name, the settings that it changes and, where settings do not suffice, what makes its model or its
   commands. That code stands here, so that model.py stays one model. One loop trains all variants, all else being equal.
-- The loop goes seed by seed, so that an interrupted loop leaves a whole table of fewer seeds. The same command resumes
+- The loop goes seed by seed, so that an interrupted loop leaves a full table of fewer seeds. The same command resumes
   it: finished runs are kept. A run that fails is a row of the table and stops nothing.
 - Differences to "full" are paired by seed and measured on the same questions.
 - The other jobs train no variant: --robustness disturbs what a trained model is shown and asked, next to controls.
@@ -264,7 +264,8 @@ def variants(cfg):
         "mha": variant("a key/value head for each query head", text_kv_heads=cfg.text_heads),
         # How it is trained.
         "no_describe": variant("no descriptions to read, more questions instead", descriptions_per_image=0),
-        "frozen_vision": variant("vision encoder stays random; only stage 2, for as long", freeze_pictures=-1, **unseen),
+        "frozen_vision": variant("vision encoder stays random; only stage 2, for as long", freeze_pictures=-1,
+                                 **unseen),
         "no_augmentation": variant("no flips, no jitter", flip=0.0, jitter=0.0),
         "more_jitter": variant("brightness and contrast jittered by 40%", jitter=0.4),
         "no_balance": variant("training questions drawn whatever their answer", data=Unbalanced),

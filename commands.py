@@ -42,8 +42,8 @@ NOUNS = {
 }
 # Words by which a command can name a category: the last words of its nouns.
 NAMED = {category: {noun.split()[-1] for noun in NOUNS[category]} for category in CATEGORIES}
-# How many times cfg.min_pixels an object needs to be told from what is like it: a motorcycle from a bicycle, a truck
-# from a van. The others are told by their outline.
+# How many times cfg.min_pixels an object needs to be told from one that looks like it: a motorcycle from a bicycle, a
+# truck from a van. The others are recognised by their outline.
 DETAIL = {"truck": 1.75, "bus": 1.75, "train": 1.75, "rider": 1.25, "bicycle": 1.5, "motorcycle": 1.5}
 # What it may be instead, if it is not told with certainty.
 LIKE = {"truck": "bus", "bus": "truck", "rider": "pedestrian", "pedestrian": "rider", "bicycle": "motorcycle",
@@ -335,14 +335,14 @@ TEMPLATES = {
     "clear": Template("navigation", "simple", 0.07, phrases("""
         is the {side} clear / is the {side} free / is the {side} open / does the {side} look clear /
         is the {side} unobstructed / does the {side} look free of obstacles / is the {side} free of obstacles""")),
-    "and": Template("", "complex", 0.05, phrases("""
+    "and": Template("detection", "complex", 0.05, phrases("""
         is there {a} and {b} / do you see {a} and {b} / are there both {a} and {b} / can you see {a} as well as {b} /
         does the picture show {a} together with {b} / is there {a} and also {b} / are {a} and {b} both visible""")),
-    "and_no": Template("", "complex", 0.10, phrases("""
+    "and_no": Template("detection", "complex", 0.10, phrases("""
         is there {a} and no {m} / do you see {a} but no {m} / is there {a} but no {m} / can you see {a} and no {m} /
         does the picture show {a} but no {m} / do you notice {a} but no {m} /
         does the scene contain {a} and no {m}""")),
-    "or": Template("", "complex", 0.05, phrases("""
+    "or": Template("detection", "complex", 0.05, phrases("""
         is there {a} or {b} / do you see either {a} or {b} / can you find {a} or {b} / is {a} or {b} visible /
         does the picture show {a} or {b} / do you notice {a} or {b} / is there either {a} or {b} in the scene""")),
 }
@@ -390,9 +390,7 @@ class Question(namedtuple("Question", "template first second", defaults=("", "")
     def family(self):
         if self.template in DESCRIPTIONS:
             return "describe"
-        if self.other:
-            return "state" if self.other in LIGHTS else "detection"
-        return TEMPLATES[self.template].family
+        return "state" if self.other in LIGHTS else TEMPLATES[self.template].family
 
     @property
     def level(self):
@@ -605,7 +603,7 @@ def understood(text):
     unknown = ", ".join(word for word in words if word not in lexicon)
     why = f" (words that it does not know: {unknown})" if unknown else ""
     raise UserError(f"the model has not learned to answer '{text}'{why}; ask, for example, "
-                    f"{' or '.join([*examples.values()][:3])}")
+                    f"{' or '.join([*examples.values()][:3])}. It knows these objects: {', '.join(CATEGORIES + LIGHTS)}")
 
 
 # ---- reading a reason back ----
@@ -689,7 +687,7 @@ def choose(table, cfg, rng, shares=None):
     load = np.zeros((3, pictures), int)            # how many are picked, by answer and picture
     picked = np.zeros(table.shape, bool)
     # The rarest questions choose first, while all pictures still have room.
-    order = sorted(shares, key=lambda q: min((table[:, q] == TRUE).sum(), (table[:, q] == FALSE).sum()))
+    order = sorted(shares, key=lambda q: min((table[:, q] == answer).sum() for answer in (TRUE, FALSE)))
     for q in order:
         rows = {answer: np.flatnonzero((table[:, q] == answer) & (load[answer] < half)) for answer in (TRUE, FALSE)}
         wanted = int(np.ceil(shares[q] * cfg.commands_stored * pictures / 2))

@@ -54,19 +54,19 @@ val_is_test = False           # bdd100k: its own val folder is the test split; i
 max_complexity = 0            # drop frames with more labelled objects than this; 0 keeps all
 
 # ---- commands: the numbers in the rules behind every answer; prepare.py must run again after a change ----
-min_pixels = 8.0              # an object counts as seen if both sides of its box have so many pixels (see DETAIL) ...
-min_visible = 0.4             # ... and if nearer boxes leave this share of it uncovered, and so many pixels squared
+min_pixels = 8.0              # an object is seen if both sides of its box have so many pixels (commands.DETAIL) ...
+min_visible = 0.4             # ... and if nearer boxes leave this share of it uncovered, and min_pixels squared
 place_margin = 0.03           # a box centre this close to a border between thirds (share of width) is ambiguous
-maybe_share = 0.15            # some would say that an object is at a third of which its box covers more than this share
-block_share = 0.5             # a near road user that covers more of a third leaves no room there: it blocks it
+maybe_share = 0.15            # an object may also be at another third if its box covers more than this share of it
+block_share = 0.5             # a near road user that covers more than this share of a third blocks it
 near_line = 0.72              # an object is near if the lower edge of its box is below this share of the height ...
 far_line = 0.60               # ... and far if it is above this one; between them, some 9 to 18 metres, it may be either
 near_height = 0.23            # what hangs (lights, signs) is near if its box is higher than this share ...
-far_height = 0.17             # ... and far if it is lower than this; what stands and is lower is not surely near ...
-close_height = 0.28           # ... and if it is higher than this, not surely far, wherever its lower edge is
+far_height = 0.17             # ... and far if it is lower; a standing object that is lower is not surely near ...
+close_height = 0.28           # ... and one that is higher than this is not surely far, wherever its lower edge is
 commands_stored = 20          # questions stored for each picture, half of them YES; descriptions come on top
 max_describe = 4              # a description lists at most this many objects, nearest first
-min_cell = 4                  # a question needs so many YES and so many NO in a split, or is dropped from it
+min_cell = 4                  # a question with fewer YES, or fewer NO, in a split is dropped from it
 
 # ---- model: sizes; the defaults are for a CPU ----
 patch_size = 16               # side of a patch in pixels; a picture has width * height / patch_size squared
@@ -151,7 +151,7 @@ max_new_tokens = 32           # longest generated answer + reason
 
 # ---- ablations: python ablate.py ----
 variants = ""                 # variants to train, separated by commas; empty = all
-seeds = 6                     # seeds of each variant; with fewer, an exact test of one variant can show nothing
+seeds = 6                     # seeds of each variant; below 6, a sign-flip test cannot reach p < 0.05
 
 # ---- another job instead: what a script does in place of its usual work ----
 export = ""                   # train.py: write the weights without the optimizer's state to this file, and stop
@@ -173,13 +173,14 @@ PRESETS = {
                      num_ood_scenes=2000, vision_dim=64, vision_layers=2, vision_heads=2, vision_ffn_dim=128,
                      text_dim=64, text_layers=2, text_heads=4, text_ffn_dim=128, row_tokens=64,
                      descriptions_per_image=1, see_pictures=16_000, read_pictures=20_000, warmup_pictures=800, lr=8e-3,
-                     lr_projection=3e-3, lr_vision=2e-3, eval_every=20_000, log_every=800, eval_items=800,
+                     lr_projection=3e-3, lr_vision=2e-3, eval_every=20_000, eval_items=800,
                      sample_items=600, out_dir="out/ablation", data_dir="data_ablation"),
 }
 CHOICES = {name: known.split() for name, known in dict(
     preset=" ".join(PRESETS), source="drawn bdd100k", dtype="auto float32 bfloat16 float16", stem="conv patch",
     vision_positions="learned sincos", ffn="geglu swiglu", attention="auto hand fast",
     schedule="cosine step restarts constant", split="train val test ood").items()}
+JOBS = dict(export="train.py", bench="ablate.py", lr_range="ablate.py", robustness="ablate.py", page="visualize.py")
 MOST = sys.float_info.max
 LEAST = sys.float_info.min    # the least number above 0
 # What a setting may be, in words; its type; its least and its largest value; the settings of that kind. A setting that
@@ -187,8 +188,9 @@ LEAST = sys.float_info.min    # the least number above 0
 KINDS = (
     ("a whole number from 1 to 10,000", int, 1, 10_000, """
         patch_size stem_width vision_dim vision_layers vision_heads vision_ffn_dim text_dim text_layers text_heads
-        text_kv_heads text_head_dim text_ffn_dim max_text max_new_tokens batch_size grad_accum row_tokens prefetch
-        save_top eval_batch bootstrap"""),
+        text_kv_heads text_head_dim text_ffn_dim max_new_tokens batch_size grad_accum prefetch save_top eval_batch
+        bootstrap"""),
+    ("a whole number from 16 to 10,000", int, 16, 10_000, "max_text row_tokens"),
     # With n seeds a sign-flip test tries 2^n signs.
     ("a whole number from 1 to 20", int, 1, 20, "beam seeds"),
     ("a whole number from 30 to 1200; 300 is enough for print", int, 30, 1200, "dpi"),
@@ -309,6 +311,8 @@ def check(cfg):
     need(2 * cfg.maybe_share <= cfg.block_share,
          f"block_share={cfg.block_share} is below twice maybe_share={cfg.maybe_share}: two road users could fill a way "
          "from both sides, and neither would count")
+    need(cfg.stem != "conv" or cfg.patch_size in (4, 8, 16, 32),
+         f"stem=conv halves the picture step by step, so patch_size must be 4, 8, 16 or 32, got {cfg.patch_size}")
     for name in ("image_width", "image_height"):
         side = getattr(cfg, name)
         need(cfg.min_pixels <= side,
@@ -316,8 +320,6 @@ def check(cfg):
         need(side % cfg.patch_size == 0,
              f"{name}={side} is not a multiple of patch_size={cfg.patch_size}; try {name}="
              f"{max(side // cfg.patch_size, 1) * cfg.patch_size}")
-    need(cfg.stem != "conv" or cfg.patch_size in (4, 8, 16, 32),
-         f"stem=conv halves the picture step by step, so patch_size must be 4, 8, 16 or 32, got {cfg.patch_size}")
     need(cfg.vision_dim % cfg.vision_heads == 0,
          f"vision_dim={cfg.vision_dim} is not divisible by vision_heads={cfg.vision_heads}")
     need(cfg.vision_positions != "sincos" or cfg.vision_dim % 4 == 0,
@@ -451,7 +453,12 @@ def run(main, doc, preset=None):
     preset: the one to start from unless the command line names another; by default that of this file.
     """
     with for_people():
-        main(from_args(sys.argv[1:], doc, preset))
+        cfg = from_args(sys.argv[1:], doc, preset)
+        script = Path(sys.argv[0]).name
+        for job, owner in JOBS.items():
+            if getattr(cfg, job) and script != owner:
+                raise UserError(f"{job} is a job of another script: python {owner} --{job}={getattr(cfg, job)}")
+        main(cfg)
 
 
 def main(cfg):

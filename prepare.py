@@ -43,7 +43,7 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageOps,
 
 import commands
 import config
-from commands import EDGES, QUESTIONS, UNSURE, Question, View, corners
+from commands import COLOURS, EDGES, PLACES, QUESTIONS, TRUE, UNSURE, Question, View, corners
 from config import UserError
 from tokenizer import Tokenizer
 
@@ -62,24 +62,24 @@ BDD_VALUES = dict(weather=(*WEATHERS, "partly cloudy", "undefined"), timeofday=(
 
 # ---- scenes: sampling ----
 
-Kind = namedtuple("Kind", "width height length heights chance stands categories")
+Kind = namedtuple("Kind", "width height length chance stands categories heights", defaults=(None,))
 # width, height: in metres, seen from behind; length: along its way, None for what looks alike from all sides
-# heights: range of the lower edge above the road, for what hangs; chance: to be in a scene; stands: where it may be,
-# see sample_object and strips; categories: of its labels
-# People, signal heads and signs are drawn broader than life, so that they can be told at 128 pixels.
+# chance: to be in a scene; stands: where it may be, see sample_object and strips; categories: of its labels
+# heights: range of the lower edge above the road, for what hangs
+# People, signal heads and signs are drawn broader than life, so that they are recognised in small pictures.
 VEHICLE = ("ours", "ours", "oncoming", "parked", "crossing")
 TWO_WHEELS = ("pavement", "ours", "oncoming", "crossing")
 KINDS = {
-    "car": Kind(1.8, 1.5, 4.2, None, 0.55, VEHICLE, ("car",)),
-    "truck": Kind(2.5, 3.1, 6.0, None, 0.33, VEHICLE, ("truck",)),
-    "bus": Kind(2.6, 3.2, 7.5, None, 0.33, VEHICLE, ("bus",)),
-    "pedestrian": Kind(0.8, 1.75, None, None, 0.45, ("pavement", "crossing", "ours"), ("pedestrian",)),
-    "bicycle": Kind(0.8, 1.1, 1.75, None, 0.28, TWO_WHEELS, ("bicycle",)),
-    "motorcycle": Kind(0.9, 1.25, 2.0, None, 0.28, TWO_WHEELS, ("motorcycle",)),
-    "cyclist": Kind(0.8, 1.8, 1.75, None, 0.18, TWO_WHEELS, ("rider", "bicycle")),
-    "motorcyclist": Kind(0.9, 1.75, 2.0, None, 0.14, TWO_WHEELS, ("rider", "motorcycle")),
-    "light": Kind(1.2, 1.6, None, (2.6, 4.2), 0.65, ("anywhere",), ("traffic light",)),
-    "sign": Kind(1.2, 1.1, None, (1.9, 3.0), 0.42, ("kerb", "kerb", "anywhere"), ("traffic sign",)),
+    "car": Kind(1.8, 1.5, 4.2, 0.55, VEHICLE, ("car",)),
+    "truck": Kind(2.5, 3.1, 6.0, 0.33, VEHICLE, ("truck",)),
+    "bus": Kind(2.6, 3.2, 7.5, 0.33, VEHICLE, ("bus",)),
+    "pedestrian": Kind(0.8, 1.75, None, 0.45, ("pavement", "crossing", "ours"), ("pedestrian",)),
+    "bicycle": Kind(0.8, 1.1, 1.75, 0.28, TWO_WHEELS, ("bicycle",)),
+    "motorcycle": Kind(0.9, 1.25, 2.0, 0.28, TWO_WHEELS, ("motorcycle",)),
+    "cyclist": Kind(0.8, 1.8, 1.75, 0.18, TWO_WHEELS, ("rider", "bicycle")),
+    "motorcyclist": Kind(0.9, 1.75, 2.0, 0.14, TWO_WHEELS, ("rider", "motorcycle")),
+    "light": Kind(1.2, 1.6, None, 0.65, ("anywhere",), ("traffic light",), (2.6, 4.2)),
+    "sign": Kind(1.2, 1.1, None, 0.42, ("kerb", "kerb", "anywhere"), ("traffic sign",), (1.9, 3.0)),
 }
 ACROSS = ("crossing", "pavement")      # where the camera sees the side of what stands there
 FLANKED = ("car", "truck", "bus")      # seen from behind or from the front, these also show the side that is nearer
@@ -94,8 +94,8 @@ def colours(codes):
 PAINTS = colours("#e4e4e2 #ecece8 #1e1e22 #141416 #969aa0 #b0b2b6 #6e7278 #464a50 #2c3242 #1c2c64 #8c1c22 #bc2026 "
                  "#deb228 #28503c #968870 #5a82b4")
 CLOTHES = colours("#18181c #282a32 #1e2846 #5a5c60 #3c322c #969696 #c8c8c8 #96282c #46648c #dcc83c")
-# Few heads are dark, or seen from behind.
-HEADS = 9 * commands.COLOURS + ("none", "back")
+# Few traffic lights are off, or seen from behind.
+HEADS = 9 * COLOURS + ("none", "back")
 SKINS = colours("#f4ceb2 #d6a078 #966446 #5c3c2c")
 PAVING, VERGE, LAWN = colours("#96928c #708054 #68884c")
 Scenery = namedtuple("Scenery", "ours oncoming parking ground houses heights")
@@ -107,7 +107,6 @@ SCENERY = {
     "residential": Scenery((1,), (1,), 2.3, LAWN, 0.6, (4, 8)),
 }
 LANE = 3.4             # width of a lane in metres
-ASPECT = 16 / 9        # a dashcam's frame is so much wider than high
 
 
 def filters_of(cfg, known):
@@ -123,13 +122,13 @@ def sample_scene(name, cfg):
     """
     # The order of all draws from rng, here and for the objects, is fixed: a new draw in between changes every scene.
     rng = random.Random(f"{name} {cfg.scene_seed}")
-    kept = {name: values or DRAWN_VALUES[name] for name, values in filters_of(cfg, DRAWN_VALUES).items()}
-    every = list(itertools.product(WEATHERS, TIMES))
-    inside = [pair for pair in every if pair[0] in kept["weather"] and pair[1] in kept["timeofday"]]
-    outside = [pair for pair in every if pair not in inside]
+    kept = {name: [value for value in DRAWN_VALUES[name] if value in values or not values]
+            for name, values in filters_of(cfg, DRAWN_VALUES).items()}
+    inside = list(itertools.product(kept["weather"], kept["timeofday"]))
+    outside = [pair for pair in itertools.product(WEATHERS, TIMES) if pair not in inside]
     # Where the filters keep everything, nothing is outside, and the scenes of both sets are alike.
     weather, timeofday = rng.choice(outside if outside and name.startswith("ood") else inside)
-    scene = rng.choice([scene for scene in SCENES if scene in kept["scene"]])
+    scene = rng.choice(kept["scene"])
     about = SCENERY[scene]
     ours = rng.choice(about.ours)
     oncoming = rng.choice(about.oncoming)
@@ -160,14 +159,15 @@ def sample_scene(name, cfg):
         tint=[rng.uniform(0.75, 1.1), rng.uniform(0.88, 1.1), rng.uniform(0.82, 1.15)],
         shade=rng.uniform(0.0, 0.7),                             # how uneven the light is
         objects=[])
-    spec["focal_y"] = ASPECT * spec["focal"]                     # in picture heights
+    # In picture heights: a dashcam's frame is 16:9.
+    spec["focal_y"] = 16 / 9 * spec["focal"]
     sample_objects(rng, spec, cfg)
     return spec
 
 
 def sample_objects(rng, spec, cfg):
     """Put objects of every kind into a scene that has none."""
-    colour = rng.choice(commands.COLOURS)
+    colour = rng.choice(COLOURS)
     for kind, about in KINDS.items():
         # Up to two of a kind: two tries, the second with less chance.
         copies = (rng.random() < about.chance) + (rng.random() < about.chance * 0.3)
@@ -176,7 +176,7 @@ def sample_objects(rng, spec, cfg):
             if o is None:
                 continue
             # Most heads of one crossing agree. Where they do not, questions about the light are dropped.
-            if o["colour"] in commands.COLOURS and rng.random() < 0.95:
+            if o["colour"] in COLOURS and rng.random() < 0.95:
                 o["colour"] = colour
             spec["objects"].append(o)
     # Traffic farther away: in most streets there are many cars, and most of them are too small to count.
@@ -267,11 +267,11 @@ def sample_object(rng, spec, kind, cfg, place="", near=None, distances=None):
         # Apparent size goes with 1 / z: even in the logarithm of z, large and small ones are equally frequent.
         z = low * (high / low) ** rng.random()
         if where == "crossing":
-            if near is not None and near != (z_cross < z_near):
+            if near not in (None, z_cross < z_near):
                 continue
             z = z_cross
         # Its place in the picture is drawn first, then one of the strips that lie there.
-        third = commands.PLACES.index(place or rng.choice(commands.PLACES))
+        third = PLACES.index(place or rng.choice(PLACES))
         # Vehicles may be cut by the edges of the picture, what is narrow is not.
         beyond = (0.5 if about.length else -0.5) * width * spec["focal"] / z
         borders = (0.02 - beyond, 1 / 3, 2 / 3, 0.98 + beyond)
@@ -372,7 +372,7 @@ def scene_frame(spec, cfg):
             if share < 0.15 or min(x2 - x1, y2 - y1) < 2:
                 continue
             # The colour of a lit lamp has a name, a paint is three numbers.
-            colour = o["colour"] if o["colour"] in commands.COLOURS else "none"
+            colour = o["colour"] if o["colour"] in COLOURS else "none"
             attributes = dict(trafficLightColor=colour, truncated=share < 0.95)
             labels.append(dict(category=category, box2d=dict(zip(EDGES, edges)), attributes=attributes))
     return dict(name=spec["name"] + ".png", labels=labels, attributes={name: spec[name] for name in DRAWN_VALUES})
@@ -405,6 +405,12 @@ class Brush:
         """Draw in shares of what lies between two verticals, each (x, top, bottom), with the haze of distance z."""
         self.start, self.end = start, end
         self.far(z)
+
+    def mirrored(self):
+        """A loop of two turns: what is drawn in the second is the mirror image of what is drawn in the first."""
+        for _ in range(2):
+            yield
+            self.start, self.end = self.end, self.start
 
     def far(self, z):
         # Beer-Lambert: light from behind more air is replaced by the air's own.
@@ -493,7 +499,7 @@ WINDOW, LIT_WINDOW, ROUTE = colours("#465668 #face78 #ffb028")
 PAINT, YELLOW, KERB, PAVEMENT = colours("#e8e8e4 #e6be3c #8a8682 #aaa6a0")
 SNOW, SHADOW, TRUNK, SIGN_YELLOW = colours("#e8eaee #3a3a3e #5c4632 #f6be1e")
 HOUSING, BACK, UNLIT = colours("#0e0e10 #424446 #302e2e")        # of a traffic light
-LAMPS = dict(zip(commands.COLOURS, colours("#ff241e #ffc814 #1eeb6e")))
+LAMPS = dict(zip(COLOURS, colours("#ff241e #ffc814 #1eeb6e")))
 SHINING = {RED_LAMP, WHITE_LAMP, LIT_WINDOW, ROUTE, *LAMPS.values()}
 SKIES = {"clear": colours("#3c78cd #609ce2 #78aae6 #becede"), "overcast": colours("#b0b4ba"),
          "rainy": colours("#787e86"), "foggy": [AIR], "snowy": colours("#bec2c8")}
@@ -511,14 +517,14 @@ def lamp_of(o):
 
 def lamps(b, o, top, bottom):
     """Both lamps of a vehicle seen from behind or from the front."""
-    b.rect(0.04, top, 0.20, bottom, lamp_of(o))
-    b.rect(0.80, top, 0.96, bottom, lamp_of(o))
+    for _ in b.mirrored():
+        b.rect(0.04, top, 0.20, bottom, lamp_of(o))
 
 
 def tyres(b, top):
     """Both tyres of a vehicle seen from behind or from the front, down to the road."""
-    b.rect(0.04, top, 0.23, 1, TYRE)
-    b.rect(0.77, top, 0.96, 1, TYRE)
+    for _ in b.mirrored():
+        b.rect(0.04, top, 0.23, 1, TYRE)
 
 
 def wheels(b, radius, top, centres):
@@ -598,9 +604,9 @@ def draw_pedestrian(b, o, rng):
     legs = rng.choice(CLOTHES)
     skin = rng.choice(SKINS)
     step = rng.uniform(0.05, 0.24)
-    for side in (-1, 1):
-        b.line([(0.5, 0.52), (0.5 + side * step * 1.4, 0.99)], legs, 0.075, 0.75)
-        b.line([(0.5 + side * 0.26, 0.22), (0.5 + side * (0.45 - step / 2), 0.50)], shirt, 0.055, 0.85)
+    for _ in b.mirrored():
+        b.line([(0.5, 0.52), (0.5 - step * 1.4, 0.99)], legs, 0.075, 0.75)
+        b.line([(0.24, 0.22), (0.05 + step / 2, 0.50)], shirt, 0.055, 0.85)
     b.trapezoid((0.24, 0.76, 0.20), (0.30, 0.70, 0.56), shirt)
     b.oval(0.31, 0, 0.69, 0.18, skin)
     b.oval(0.31, 0, 0.69, 0.10, rng.choice(HAIRS))
@@ -610,8 +616,8 @@ def draw_bicycle(b, o, rng):
     paint = o["colour"]
     if o["facing"] != "side":
         b.rect(0.42, 0.36, 0.58, 1, TYRE)
-        b.line([(0.34, 0.16), (0.46, 0.68)], paint, 0.05)
-        b.line([(0.66, 0.16), (0.54, 0.68)], paint, 0.05)
+        for _ in b.mirrored():
+            b.line([(0.34, 0.16), (0.46, 0.68)], paint, 0.05)
         b.line([(0.02, 0.14), (0.10, 0.07), (0.90, 0.07), (0.98, 0.14)], METAL, 0.05)
         b.oval(0.30, 0.08, 0.70, 0.22, DARK)                     # the saddle
         b.line([(0.18, 0.74), (0.82, 0.74)], METAL, 0.05)        # the pedals
@@ -622,8 +628,8 @@ def draw_bicycle(b, o, rng):
     seat = (0.36, 0.18)
     head = (0.70, 0.14)
     crank = (0.48, 0.72)
-    for u, _ in (hub, front):
-        b.oval(u - 0.19, 0.42, u + 0.19, 1, TYRE, ring=0.10)
+    for _ in b.mirrored():
+        b.oval(0, 0.42, 0.38, 1, TYRE, ring=0.10)
     b.line([front, head, seat, hub, crank, head], paint, 0.055)
     b.line([seat, crank], paint, 0.055)
     b.line([head, (0.68, 0.03), (0.80, 0.01)], DARK, 0.055)
@@ -634,14 +640,14 @@ def draw_motorcycle(b, o, rng):
     if o["facing"] != "side":
         b.rect(0.34, 0.48, 0.66, 1, TYRE)
         b.line([(0.06, 0.16), (0.94, 0.16)], METAL, 0.06)
-        for u in (0.0, 0.78):
-            b.oval(u, 0.0, u + 0.22, 0.13, DARK)                 # the mirrors
+        for _ in b.mirrored():
+            b.oval(0.0, 0.0, 0.22, 0.13, DARK)                   # a mirror
         b.trapezoid((0.20, 0.80, 0.20), (0.30, 0.70, 0.70), paint)
         b.rect(0.66, 0.66, 0.84, 0.80, METAL)                    # the exhaust
         b.oval(0.36, 0.28, 0.64, 0.46, lamp_of(o))
         return
-    for u in (0.17, 0.83):
-        b.oval(u - 0.17, 0.48, u + 0.17, 1, TYRE, ring=0.24)
+    for _ in b.mirrored():
+        b.oval(0, 0.48, 0.34, 1, TYRE, ring=0.24)
     b.trapezoid((0.20, 0.76, 0.26), (0.16, 0.84, 0.62), paint)
     b.rect(0.38, 0.60, 0.64, 0.86, METAL)
     b.rect(0.12, 0.22, 0.50, 0.34, DARK)
@@ -667,9 +673,9 @@ def draw_rider(b, o, rng):
         b.oval(0.52, 0, 0.74, 0.19, skin)
         b.oval(0.50, 0, 0.76, 0.10, helmet)
         return
-    for side in (-1, 1):
-        b.line([(0.5 + side * 0.18, 0.50), (0.5 + side * 0.24, 0.76)], legs, 0.085, 0.8)
-        b.line([(0.5 + side * 0.34, 0.20), (0.5 + side * 0.44, 0.44)], shirt, 0.055, 0.8)
+    for _ in b.mirrored():
+        b.line([(0.32, 0.50), (0.26, 0.76)], legs, 0.085, 0.8)
+        b.line([(0.16, 0.20), (0.06, 0.44)], shirt, 0.055, 0.8)
     b.trapezoid((0.16, 0.84, 0.18), (0.30, 0.70, 0.54), shirt)
     b.oval(0.33, 0, 0.67, 0.19, skin)
     b.oval(0.31, 0, 0.69, 0.10, helmet)
@@ -918,7 +924,7 @@ def develop(image, spec):
     # Contrast, tint and exposure of the camera, as what each level of each colour becomes
     gamma = spec["gamma"] if spec["timeofday"] == "daytime" else 1.0
     levels = np.linspace(0, 1, 256) ** gamma * 255 * spec["gain"]
-    table = np.concatenate([levels * part for part in spec["tint"]]).clip(0, 255)
+    table = np.outer(spec["tint"], levels).ravel().clip(0, 255)
     picture = np.array(image.point(table.astype(int).tolist()), np.float32)
     # Light and shade, coarse and fine, as they lie on every surface; under clouds the light is more even.
     uneven = spec["shade"] if spec["weather"] == "clear" else 0.3 * spec["shade"]
@@ -940,8 +946,6 @@ def develop(image, spec):
 
 
 # ---- twins ----
-
-TRIES = 40             # edits proposed for each question
 
 
 def apply_edit(spec, edit):
@@ -967,7 +971,7 @@ def propose_edit(spec, question, rng, cfg):
     # With two heads, the new colour would disagree with the other head's, and no answer would be certain.
     if action == "recolour" and category == "traffic light" and len(about) == 1:
         light = objects[about[0]]
-        colour = rng.choice([c for c in commands.COLOURS if c != light["colour"]])
+        colour = rng.choice([c for c in COLOURS if c != light["colour"]])
         remove, add = about, [dict(light, colour=colour)]
     elif action == "remove" and about:
         remove, add = [rng.choice(about)], []
@@ -986,15 +990,15 @@ def propose_edit(spec, question, rng, cfg):
     return None if None in add else dict(kind=action, remove=remove, add=add)
 
 
-def find_twins(spec, question, truth, rng, cfg):
-    """{"flip": the first edit that changes the certain answer `truth`, "neutral": the first that keeps it}, or None."""
+def find_twins(spec, question, answer, rng, cfg):
+    """{"flip": the first edit that changes the answer, True or False, "neutral": the first that keeps it}, or None."""
     found = dict(flip=None, neutral=None)
-    for _ in range(TRIES):
+    for _ in range(40):
         edit = propose_edit(spec, question, rng, cfg)
         if edit is None:
             continue
         new = question.truth(View(scene_frame(apply_edit(spec, edit), cfg), cfg))
-        role = "neutral" if new == truth else "flip"
+        role = "neutral" if answer == (new == TRUE) else "flip"
         # An edit that leaves the answer uncertain is of no use.
         if new != UNSURE and found[role] is None:
             found[role] = edit
@@ -1115,7 +1119,7 @@ def clean_record(raw):
             continue
         given = attributes_of(label)
         colour = lamp_colour(given.get("trafficLightColor")) if category == "traffic light" else "none"
-        if colour not in (*commands.COLOURS, "none"):
+        if colour not in (*COLOURS, "none"):
             problems.append(("colour", "unknown colour", f"{category} {colour}"[:80]))
             colour = "none"
         hidden = {k: given[k] for k in ("occluded", "truncated") if isinstance(given.get(k), bool)}
@@ -1267,8 +1271,7 @@ def bdd_records(cfg):
     """
     root = Path(cfg.bdd_dir)
     filters = filters_of(cfg, BDD_VALUES)
-    if cfg.keep_undefined:
-        filters = {name: values and values + ["undefined"] for name, values in filters.items()}
+    unknown = ["undefined"] if cfg.keep_undefined else []
     if not cfg.bdd_dir or not root.is_dir():
         raise UserError(f"bdd_dir '{cfg.bdd_dir}' is not a folder; it must hold images/100k/ and labels/")
     below = {}
@@ -1284,12 +1287,12 @@ def bdd_records(cfg):
             record, problems = clean_record(raw)
             conditions = record["attributes"]
             found.update(f"{name} {value}" for name, value in conditions.items())
-            if any(values and conditions[name] not in values for name, values in filters.items()):
+            if any(values and conditions[name] not in values + unknown for name, values in filters.items()):
                 continue
             kept += 1
             name = record["name"]
-            video = VIDEO.match(name) if pictures.parent.name == "track" else None
-            path = pictures / video[1] / name if video else pictures / name
+            # The frames of a video lie in a folder of its name.
+            path = pictures / VIDEO.sub(r"\1/\g<0>", name)
             if not os.path.isfile(path):
                 # Searched for once, and only where it must be: a folder of 100,000 pictures takes a while.
                 below = below or pictures_below(root / "images")
@@ -1403,6 +1406,14 @@ def parallel(function, jobs, cfg, label, total):
         yield from progress(pool.imap(function, jobs, chunksize=32), label, total)
 
 
+def written(path, records):
+    """Yields records, and writes each into a file of JSON lines as it passes."""
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+            yield record
+
+
 class Frames:
     """The records of a file of JSON lines by number, read when asked for; in memory are only their positions.
 
@@ -1447,7 +1458,7 @@ def prepare(cfg):
     report = write_commands(folder, splits, truths, cfg)
     mean, std = channel_statistics(folder / "images.bin", splits)
     meta = dict(magic=MAGIC, version=VERSION, hash=config.data_hash(cfg), frames=len(splits),
-                settings={k: getattr(cfg, k) for k in config.DATA_KEYS}, splits=Counter(splits.tolist()),
+                settings={k: getattr(cfg, k) for k in config.DATA_KEYS},
                 rejected=rejected.total(), rejected_by=rejected, labels_dropped=dropped,
                 mean=mean, std=std, report=report, seconds=round(time.time() - start, 1))
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -1468,10 +1479,8 @@ def bdd_jobs(cfg, folder):
     The clean records wait in a file: all of BDD100K's would take a gigabyte of memory.
     """
     path = folder / "records.jsonl"
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in bdd_records(cfg))
+    total = sum(1 for _ in written(path, bdd_records(cfg)))
     records = Frames(path)
-    total = len(records)
     # A hundred pictures from all parts of the list tell which size is usual, if one of them can be read.
     sizes = Counter()
     for i in range(0, total, max(1, total // 100)):
@@ -1580,10 +1589,8 @@ def make_items(name, rows, frames, truths, cfg):
 
     rows: its frames; truths: of all frames. Only the splits get commands without a verdict.
     """
-    shares = None
-    if name == "test_combos":
-        held = [q for q, question in enumerate(QUESTIONS) if question.held_out]
-        shares = dict.fromkeys(held, 0.5 / len(held))
+    held = [q for q, question in enumerate(QUESTIONS) if question.held_out]
+    shares = dict.fromkeys(held, 0.5 / len(held)) if name == "test_combos" else None
     rng = random.Random(f"commands {name} {cfg.scene_seed}")
     # The choice among pictures must not follow from their order on disk, so it has its own generator.
     picked = commands.choose(truths[rows], cfg, np.random.default_rng(len(rows) + cfg.scene_seed), shares)
@@ -1592,7 +1599,7 @@ def make_items(name, rows, frames, truths, cfg):
         for q in np.flatnonzero(asked):
             yield commands.make_item(row, QUESTIONS[q], view, rng, -1 if name == "test_words" else None)
         if name in SPLITS:
-            for place in ("", *commands.PLACES):
+            for place in ("", *PLACES):
                 yield commands.describe_item(row, view, rng, cfg, place)
             yield from commands.where_items(row, view, rng)
 
@@ -1623,14 +1630,12 @@ def _write_items(folder, name, items, tokenizer):
     templates = Counter()
     yes = Counter()
     path = folder / f"commands_{name}.jsonl"
-    with open(path, "w", encoding="utf-8") as file:
-        for item in items:
-            file.write(json.dumps(item) + "\n")
-            template = item["template"]
-            asked.add(commands.question_of(item))
-            families[item["family"]] += 1
-            templates[template] += 1
-            yes[template] += item["answer"] is True
+    for item in written(path, items):
+        template = item["template"]
+        asked.add(commands.question_of(item))
+        families[item["family"]] += 1
+        templates[template] += 1
+        yes[template] += item["answer"] is True
     # Read back one by one: the dicts of a large split would fill the memory.
     tokens, index = packed(Frames(path), tokenizer)
     np.save(folder / f"tokens_{name}.npy", tokens)
@@ -1641,30 +1646,23 @@ def _write_items(folder, name, items, tokenizer):
 
 def write_twins(folder, frames, items, cfg):
     """twins.jsonl: for each test question its flip and neutral edit of the scene (null where none was found)."""
-    # {picture: {number of the item: its question}}
-    asked = defaultdict(dict)
+    # {picture: [(number of the item, the item)]}
+    asked = defaultdict(list)
     for k, item in enumerate(items):
         if item["answer"] is not None:
-            asked[item["picture"]][k] = commands.question_of(item)
-    jobs = [(frames[picture]["name"], questions, cfg) for picture, questions in asked.items()]
-    total = flips = 0
-    with open(folder / "twins.jsonl", "w", encoding="utf-8") as file:
-        for twins in parallel(twins_of_one, jobs, cfg, "twins", len(jobs)):
-            for twin in twins:
-                file.write(json.dumps(twin) + "\n")
-                total += 1
-                flips += twin["flip"] is not None
-    return dict(items=total, flips=flips)
+            asked[item["picture"]].append((k, item))
+    jobs = [(Path(frames[picture]["name"]).stem, about, cfg) for picture, about in asked.items()]
+    twins = itertools.chain.from_iterable(parallel(twins_of_one, jobs, cfg, "twins", len(jobs)))
+    flips = Counter(twin["flip"] is not None for twin in written(folder / "twins.jsonl", twins))
+    return dict(items=flips.total(), flips=flips[True])
 
 
 def twins_of_one(job):
-    """The twins of the questions about one picture; job: its name, {number of the item: question}, settings."""
-    name, questions, cfg = job
-    spec = sample_scene(Path(name).stem, cfg)
-    view = View(scene_frame(spec, cfg), cfg)
-    rng = random.Random(f"twins {spec['name']}")
-    return [dict(item=k, **find_twins(spec, question, question.truth(view), rng, cfg))
-            for k, question in questions.items()]
+    """The twins of the questions about one picture; job: name of its scene, [(number of the item, item)], settings."""
+    name, about, cfg = job
+    spec = sample_scene(name, cfg)
+    rng = random.Random(f"twins {name}")
+    return [dict(item=k, **find_twins(spec, commands.question_of(item), item["answer"], rng, cfg)) for k, item in about]
 
 
 # ---- reading what is stored ----

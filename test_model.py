@@ -46,7 +46,7 @@ import visualize
 from commands import CATEGORIES, UNSURE, FALSE, QUESTIONS, TRUE, Question, View, check_reason, question_of
 from config import UserError
 from config import with_changes as changed
-from model import VLM, Attention, as_rows, ends, positions, rope_tables, row_mask
+from model import VLM, Attention, RMSNorm, as_rows, ends, positions, rope_tables, rotate, row_mask
 from tokenizer import Tokenizer
 
 TINY = dict(image_width=32, image_height=32, patch_size=8, stem_width=8, vision_dim=32, vision_layers=2, vision_heads=2,
@@ -720,6 +720,18 @@ def test_no_memory_is_one_line_that_says_what_to_halve(error, helps, monkeypatch
     assert not helps or end.value.code == 2 and said.count("\n") == 1 and "halve --batch_size" in said
 
 
+def test_a_job_of_another_script_is_refused(monkeypatch, capsys):
+    for job, owner in config.JOBS.items():
+        for script in ("train.py", "ablate.py", "visualize.py"):
+            monkeypatch.setattr(sys, "argv", [script, f"--{job}={'x' if job == 'export' else True}"])
+            if script == owner:
+                config.run(print, "")
+            else:
+                with pytest.raises(SystemExit):
+                    config.run(print, "")
+                assert f"python {owner} --{job}=" in capsys.readouterr().err
+
+
 def test_every_path_may_begin_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("USERPROFILE", "/home/me")
@@ -1137,7 +1149,8 @@ def test_neither_the_picture_nor_the_question_gives_the_answer_away(drawn):
     counts = Counter((item["picture"], item["answer"]) for item in questions["train"])
     pairs = [(counts[p, False], counts[p, True]) for p in {picture for picture, _ in counts}]
     assert sum(map(max, pairs)) / sum(map(sum, pairs)) <= 0.54
-    assert max(map(sum, pairs)) <= drawn.cfg.commands_stored and len(pairs) > 0.95 * drawn.meta["splits"]["train"]
+    assert max(map(sum, pairs)) <= drawn.cfg.commands_stored
+    assert len(pairs) > 0.95 * drawn.meta["report"]["train"]["pictures"]
     for key, tolerance in ((commands.question_of, 1e-9), (lambda item: item["command"], 0.06)):
         votes = Counter()
         for item in questions["train"]:
@@ -1704,7 +1717,7 @@ def test_only_one_folder_that_tests_alone_is_prepared_and_not_trained_on(bdd, tm
     (bdd[0] / TRAIN).unlink()
     cfg = bdd_settings(tmp_path, val_is_test=True, row_tokens=64)
     meta = prepare.prepare(cfg)
-    assert meta["splits"] == dict(test=6) and min(meta["std"]) > 0
+    assert meta["report"]["test"]["pictures"] == meta["frames"] == 6 and min(meta["std"]) > 0
     refuses(lambda: train.train(cfg), "no questions to train on")
 
 

@@ -778,8 +778,8 @@ def figure_walk(report):
         figures.append(draw_panels([("", panels)], asked_text(shot), "", vmax))
     return figures, (
         f"A pedestrian crosses a drawn street in {STEPS} steps, and the same question is asked at each (animated; a "
-        "printed page shows the first step). Nothing else in the scene changes. At the borders of “ahead” the truth is "
-        "unsure.")
+        "printed page shows the first step). Nothing else in the scene changes. At the borders of “ahead” the truth "
+        "is unsure.")
 
 
 def figure_twins(report):
