@@ -51,7 +51,7 @@ import train
 import visualize
 from commands import FALSE, QUESTIONS, TEMPLATES, UNSURE, View
 from config import UserError
-from evaluate import Questions, Subject, made_folder, markdown_table, rounded, text_of, write
+from evaluate import Questions, Subject, markdown_table, rounded, text_of, write
 from model import (VLM, Attention, Decoder, DecoderBlock, GatedFFN, RMSNorm, VisionEncoder, as_rows, forward_flops,
                    least_seconds, parameter_count, pick_device, positions, rope_tables, row_mask)
 from prepare import draw_scene
@@ -62,7 +62,7 @@ from visualize import INK, SERIES
 
 def write_results(cfg, name, found, text, figure=None):
     """Write what a job found to out_dir/NAME.json, what it says to NAME.md, and a figure of it; prints the text."""
-    path = made_folder(cfg) / name
+    path = config.made_folder(cfg.out_dir) / name
     write(path.with_suffix(".json"), found)
     write(path.with_suffix(".md"), text)
     if figure:
@@ -350,7 +350,7 @@ def same(a, b):
 
 def run_one(settings, variant, exam):
     """Train (or resume) one run and measure it. Returns its result, which its folder holds from then on."""
-    folder = made_folder(settings)
+    folder = config.made_folder(settings.out_dir)
     with contextlib.suppress(OSError, ValueError):          # no result, or half of one
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         if same(vars(settings), result["settings"]):
@@ -379,7 +379,7 @@ def ablate(cfg):
     # "full" comes first, since the others are compared with it.
     results = {name: {} for name in ("full", *names)}
     failed = {}
-    out = made_folder(cfg)
+    out = config.made_folder(cfg.out_dir)
     exam = Exam(cfg, prepare.ready(cfg))
     runs = [(name, cfg.seed + i) for i in range(cfg.seeds) for name in results]
     for count, (name, seed) in enumerate(runs, 1):

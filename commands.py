@@ -603,7 +603,8 @@ def understood(text):
     unknown = ", ".join(word for word in words if word not in lexicon)
     why = f" (words that it does not know: {unknown})" if unknown else ""
     raise UserError(f"the model has not learned to answer '{text}'{why}; ask, for example, "
-                    f"{' or '.join([*examples.values()][:3])}. It knows these objects: {', '.join(CATEGORIES + LIGHTS)}")
+                    f"{' or '.join([*examples.values()][:3])}. The objects that it knows: "
+                    f"{', '.join(CATEGORIES + LIGHTS)}")
 
 
 # ---- reading a reason back ----

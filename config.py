@@ -403,12 +403,21 @@ def take_lock(file):
     return True
 
 
+def made_folder(*parts):
+    """The path of a folder, made if it is missing. Raises UserError where that is not possible."""
+    path = Path(*parts)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path} ({error.strerror}): choose another one") from None
+    return path
+
+
 @contextlib.contextmanager
 def locked(folder, waits=False):
     """Inside `with` this process alone works in `folder`, which is made. While another one does, wait for its end or
     raise UserError."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "w", encoding="utf-8") as file:
+    with open(made_folder(folder) / ".lock", "w", encoding="utf-8") as file:
         while not take_lock(file):
             if not waits:
                 raise UserError(f"another process works in {folder}: wait until it has ended, or choose another folder")

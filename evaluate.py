@@ -1286,13 +1286,6 @@ def rounded(value):
     return json.loads(text, parse_float=lambda number: round(float(number), 4), parse_constant=lambda name: None)
 
 
-def made_folder(cfg, *parts):
-    """The path of out_dir, or of a folder in it, made before the work whose results would be lost without it."""
-    out = Path(cfg.out_dir, *parts)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def write(path, content):
     """Write a text, or anything else as JSON."""
     if not isinstance(content, str):
@@ -1422,7 +1415,7 @@ def evaluate(cfg, blind_steps=300):
     subject, other = opened(cfg)
     meta = subject.take_data()
     cfg = subject.cfg
-    out = made_folder(cfg)
+    out = config.made_folder(cfg.out_dir)
     print(f"device {subject.device}, dtype {str(subject.dtype)[6:]} ({subject.why}); checkpoint of step "
           f"{subject.state['step']}")
 

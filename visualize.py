@@ -1299,7 +1299,7 @@ def failure_types(report):
 
 def drawn_html(report, name, function):
     """Draw a figure, write it to out_dir/figures, and return it as HTML with its caption, or why there is none."""
-    out = evaluate.made_folder(report.cfg, "figures")
+    out = config.made_folder(report.cfg.out_dir, "figures")
     try:
         figure, caption = function(report)
     except UserError as error:
@@ -1504,7 +1504,7 @@ def answer_picture(cfg):
         print(f"{verdict_text(shot)}\n{tidy(shot.reason)}")
     if cfg.source == "drawn":
         print("note: this model has seen drawn streets only; about photographs it is often wrong")
-    out = evaluate.made_folder(cfg, "answer")
+    out = config.made_folder(cfg.out_dir, "answer")
     # The commands become part of the names of the files.
     slugs = [re.sub(r"[^a-z0-9]+", "-", asked_text(shot))[:60].strip("-") for shot in shots]
     path = out / "-".join([Path(cfg.image).stem[:80], *slugs])
