@@ -267,7 +267,7 @@ def sample_object(rng, spec, kind, cfg, place="", near=None, distances=None):
         # Apparent size goes with 1 / z: even in the logarithm of z, large and small ones are equally frequent.
         z = low * (high / low) ** rng.random()
         if where == "crossing":
-            if near not in (None, z_cross < z_near):
+            if near is not None and near != (z_cross < z_near):
                 continue
             z = z_cross
         # Its place in the picture is drawn first, then one of the strips that lie there.
