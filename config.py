@@ -94,7 +94,7 @@ batch_size = 16               # pictures in a micro-batch
 grad_accum = 1                # micro-batches in an update
 row_tokens = 152              # tokens of commands shown with each picture: as many commands as fit, about 8
 descriptions_per_image = 2    # how many of these commands are descriptions, which have no YES or NO
-see_pictures = 64_000         # stage 1: only the encoder learns, from the words of descriptions; 0 = no stage 1
+see_pictures = 64_000         # stage 1: encoder and projection learn, from the words of descriptions; 0 = none
 read_pictures = 32_000        # stage 2: the whole model learns
 warmup_pictures = 1_600       # the learning rate rises linearly over so many pictures, in each stage
 tag_weight = 1.0              # weight of the word-tagging loss that trains the encoder; 0 = no stage 1

@@ -382,7 +382,7 @@ def batch_loss(model, tagger, batch, cfg, total, reads=True):
     """Loss of a micro-batch as its share of an update: token losses / total of the whole update, plus extras.
 
     Extras are means over the micro-batch's pictures, weighed by its share of the update's. reads: False in the first
-    stage, when only the encoder learns, from the tagger.
+    stage, when encoder and projection learn, from the tagger.
     """
     vision = model.encode(batch.images)
     share = len(batch.tokens) / (cfg.batch_size * cfg.grad_accum)
@@ -413,7 +413,7 @@ def updates(cfg, pictures):
 
 
 def see_updates(cfg):
-    """Updates of the first stage, in which only the encoder learns."""
+    """Updates of the first stage, in which encoder and projection learn."""
     return updates(cfg, cfg.see_pictures) if cfg.tag_weight else 0
 
 

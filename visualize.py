@@ -941,8 +941,8 @@ def figure_training(report):
         f"From log.csv: the mean loss over {cfg.log_every} pictures; the learning rate of the encoder, then of the "
         f"decoder; the gradient norm of one update, before it is clipped at {cfg.grad_clip:g}; balanced accuracy on "
         "the validation split, and the loss of its answers; the mean entropy of cross-attention. Left of the dashed "
-        f"line ({stage} pictures) only the encoder learns, from the words of descriptions, so the losses on its two "
-        "sides cannot be compared.")
+        f"line ({stage} pictures) encoder and projection learn, from the words of descriptions, so the losses on its "
+        "two sides cannot be compared.")
 
 
 def figure_calibration(report):
