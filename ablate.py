@@ -905,10 +905,12 @@ def bench(cfg):
             wait_share=parts[0] / whole,
             share_of_peak=gflop / whole / peak)
     found = rounded(found)
-    text = ("{device}, {dtype}, torch {torch}, threads: {threads}. A product of matrices reaches {matmul_gflops} "
-            "GFLOP/s; training takes {memory_mb} MB. An update of each stage, and the mean of all updates:\n\n")
-    rows = [[name, *(f"{found[stage][name]:g}" for stage in costs)] for name in found["schedule"]]
-    write_results(cfg, "bench", found, text.format(**found) + markdown_table(["an update", *costs], rows))
+    speed, memory = (text_of(dict(value=found[name]), digits=0) for name in ("matmul_gflops", "memory_mb"))
+    text = (f"{found['device']}, {found['dtype']}, torch {found['torch']}, threads: {found['threads']}. A product of "
+            f"matrices reaches {speed} GFLOP/s; training takes {memory} MB. An update of each stage, and the mean of "
+            "all updates:\n\n")
+    rows = [[name, *(f"{found[stage][name]:.3g}" for stage in costs)] for name in found["schedule"]]
+    write_results(cfg, "bench", found, text + markdown_table(["an update", *costs], rows))
     return found
 
 
