@@ -967,7 +967,7 @@ def lr_range(cfg):
         torch.manual_seed(cfg.seed)
         entry = found[stage] = rising_rates(Run(cfg, data, pick_device(cfg)), stage == "read")
         rates = [f"--{name}={entry['suggested'] * getattr(cfg, name):.1e}" for name in names]
-        text += f"{title}: try {' '.join(rates)}, {entry['suggested']:.2g} times the rates of the settings.\n"
+        text += f"{title}: try {' '.join(rates)}, {entry['suggested']:.2g} times the rates of the settings.\n\n"
         axis.plot(entry["scale"], entry["loss"], color=SERIES[0])
         axis.axvline(entry["suggested"], color=SERIES[1], lw=0.8, label="suggested")
         axis.set(title=title, xscale="log", xlabel="times the rates of the settings", ylabel="running loss")

@@ -3406,7 +3406,8 @@ def test_the_report_holds_every_figure_and_needs_no_network(report, capsys, monk
     monkeypatch.setattr(visualize, "STEPS", 1)
     out = Path(report.cfg.out_dir)
     (out.parent / "ablation").mkdir(exist_ok=True)
-    (out.parent / "ablation" / "table.md").write_text("Said <so>.\n")
+    table = evaluate.markdown_table(["a", ""], [["<1", ""]])
+    (out.parent / "ablation" / "table.md").write_text(f"Said <so>.\n\n{table}")
     for name in ("ablation/differences", f"{out.name}/lr_range"):
         Image.new("RGB", (9, 9)).save(out.parent / f"{name}.png")
     visualize.main(report.cfg)
@@ -3415,7 +3416,8 @@ def test_the_report_holds_every_figure_and_needs_no_network(report, capsys, monk
     assert {path.stem for path in (out / "figures").iterdir()} == made
     assert "no figure 'pairs'" in capsys.readouterr().out
     assert all(f"<b>{name.capitalize()}.</b>" in text for name in made)
-    assert text.count('src="data:image/') == len(made) + 2 and "<pre>Said &lt;so&gt;.\n</pre>" in text
+    assert text.count('src="data:image/') == len(made) + 2 and "<p>Said &lt;so&gt;.</p>" in text
+    assert "<tr><th>a</th><th></th></tr><tr><td>&lt;1</td><td></td></tr>" in text
     assert not re.search(r"(src|href)=\"(?!data:|#|page.html)|https?:|@[A-Z]+@|\bnan\b", text)
     assert evaluate.text_of(report.page["overall"]) in text and f"seed {report.seed}" in text
 

@@ -1176,7 +1176,7 @@ STYLE = """
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; color: #1a1a1a; font: 16px/1.55 system-ui, sans-serif }
 h2 { margin-top: 2.4rem; border-bottom: 2px solid #d8d8d4 } nav a { margin-right: .9rem; display: inline-block }
-.wide, pre { overflow-x: auto } .quiet, figcaption { color: #5a5a5a } figure { margin: 1.4rem 0 }
+.wide, pre { overflow-x: auto; margin: 1rem 0 } .quiet, figcaption { color: #5a5a5a } figure { margin: 1.4rem 0 }
 figure img { display: block; width: 100%; max-width: var(--w); min-width: min(var(--w), 34rem); margin: 0 auto }
 table { border-collapse: collapse; font-size: .92rem } td:nth-child(2) { white-space: nowrap }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #d8d8d4; vertical-align: top }
@@ -1233,11 +1233,21 @@ def figure_html(name, path, caption):
            f'style="--w: {128 * inches:.0f}px"></div>{words}'
 
 
+def markdown_html(text):
+    """The paragraphs and tables that ablate.py writes as Markdown."""
+    found = ""
+    for part in text.strip().split("\n\n"):
+        if part.startswith("| "):
+            header, _, *rows = (line[2:-2].split(" | ") for line in part.splitlines())
+            found += table_html(header, rows)
+        else:
+            found += f"<p>{html.escape(part)}</p>"
+    return found
+
+
 def study(path, *figures):
-    """What ablate.py wrote, as its text, with the figures next to it; "" where there is no such file."""
-    body = ""
-    if path.exists():
-        body = f"<pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>"
+    """What ablate.py wrote, with the figures next to it; "" where there is no such file."""
+    body = markdown_html(path.read_text(encoding="utf-8")) if path.exists() else ""
     for name in figures:
         figure = path.with_name(f"{name}.png")
         if figure.exists():
