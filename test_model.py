@@ -769,7 +769,7 @@ def test_a_folder_is_worked_in_by_one_process_until_it_ends_or_is_killed(tmp_pat
         with config.locked(tmp_path / "other"):
             other.kill()
     with config.locked(tmp_path / "run"):
-        pass
+        refuses(lambda: config.made_folder(tmp_path, "run", ".lock"), "cannot make the folder", "choose another")
 
 
 def test_who_waits_for_a_folder_gets_it_and_data_that_came_meanwhile_are_not_prepared_again(tmp_path, monkeypatch):
@@ -2020,6 +2020,7 @@ def test_a_missing_checkpoint_is_said_before_data_are_prepared(tmp_path):
     absent = str(tmp_path / "x.pt")
     for change in (dict(resume=True), dict(init_from=absent), dict(resume=True, checkpoint=absent)):
         refuses(lambda: train.train(changed(nowhere, **change)), "no checkpoint")
+    refuses(lambda: train.train(changed(nowhere, checkpoint=absent, init_from=absent)), "--resume=True", "--init_from")
     assert not list(tmp_path.iterdir())
 
 
