@@ -180,6 +180,7 @@ CHOICES = {name: known.split() for name, known in dict(
     preset=" ".join(PRESETS), source="drawn bdd100k", dtype="auto float32 bfloat16 float16", stem="conv patch",
     vision_positions="learned sincos", ffn="geglu swiglu", attention="auto hand fast",
     schedule="cosine step restarts constant", split="train val test ood").items()}
+# The script that does each of these jobs; given to another script, it would pass unseen.
 JOBS = dict(export="train.py", bench="ablate.py", lr_range="ablate.py", robustness="ablate.py", page="visualize.py")
 MOST = sys.float_info.max
 LEAST = sys.float_info.min    # the least number above 0

@@ -5,8 +5,8 @@
   accuracy above the best control.
 - Twins: a scene edited so that the answer flips, or so that it must not. Only a model that looks gets both right.
 - Attention: does it point at what a word names? Compared with chance, the centre of the picture, the map of another
-  command, the map of another picture, and the same model with untrained weights. Then patches are
-  hidden (deletion) and shown (insertion).
+  command, the map of another picture, and the same model with untrained weights. Then patches are hidden
+  (deletion) and shown (insertion).
 - Heads: what each one looks for, and what is lost without it.
 - Failures: each wrong answer is asked again in other words and in parts, to tell what kind of error it is.
 

@@ -1589,8 +1589,10 @@ def make_items(name, rows, frames, truths, cfg):
 
     rows: its frames; truths: of all frames. Only the splits get commands without a verdict.
     """
-    held = [q for q, question in enumerate(QUESTIONS) if question.held_out]
-    shares = dict.fromkeys(held, 0.5 / len(held)) if name == "test_combos" else None
+    shares = None
+    if name == "test_combos":
+        held = [q for q, question in enumerate(QUESTIONS) if question.held_out]
+        shares = dict.fromkeys(held, 0.5 / len(held))
     rng = random.Random(f"commands {name} {cfg.scene_seed}")
     # The choice among pictures must not follow from their order on disk, so it has its own generator.
     picked = commands.choose(truths[rows], cfg, np.random.default_rng(len(rows) + cfg.scene_seed), shares)

@@ -74,7 +74,7 @@ def pad(rows, length=None, left=False):
     when a row is longer than `length`: cutting a command would change what it asks.
     """
     longest = max(map(len, rows))
-    length = length or longest
+    length = longest if length is None else length
     if longest > length:
         raise ValueError(f"a text of {longest} tokens does not fit into {length}")
     padded = []

@@ -1207,10 +1207,13 @@ def web_picture(image):
     return "data:image/webp;base64," + base64_text(buffer.getvalue())
 
 
+def row_html(cells, tag):
+    return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+
 def table_html(header, rows):
-    lines = ["".join(f"<th>{cell}</th>" for cell in header)]
-    lines += ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-    return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+    lines = row_html(header, "th") + "".join(row_html(row, "td") for row in rows)
+    return f'<div class="wide"><table>{lines}</table></div>'
 
 
 def figure_html(name, path, caption):
